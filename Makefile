@@ -1,0 +1,54 @@
+# Everything a fresh clone needs is Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+DEMO := $(VENV)/.demo
+ALL := .[train,dev]
+BIN := $(VENV)/bin
+
+.PHONY: demo test soak check format picture clean
+
+demo: $(DEMO)
+	@$(BIN)/trainctl demo
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest
+
+# Random histories of commands and faults, judged, for as long as told: make soak MINUTES=60
+MINUTES ?= 10
+soak: $(STAMP)
+	@$(BIN)/python tests/histories/soak.py --minutes $(MINUTES)
+
+check: $(STAMP)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+
+format: $(STAMP)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+# The README's picture, from a real run: make picture RUN=name-or-directory
+picture: $(STAMP)
+	@$(BIN)/python -m trainctl.tui.picture $(RUN) docs/cockpit.svg --size 120x36
+
+clean:
+	rm -rf $(VENV)
+
+# The constraints file pins torch to the CPU build that development and CI use; users keep the torch they have.
+define install
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "trainctl needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11")'
+@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+@echo "Setting up .venv (once) …"
+@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e $(1)
+endef
+
+$(STAMP): pyproject.toml constraints.txt
+	$(call install,'$(ALL)')
+	@touch $(DEMO) $@
+
+# The demo needs none of what the tests compare with, so a newcomer does not wait for it.
+$(DEMO): pyproject.toml constraints.txt
+	$(call install,'.[train]')
+	@touch $@

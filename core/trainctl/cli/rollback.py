@@ -1,0 +1,137 @@
+"""`trainctl rollback`: shown as a plan first."""
+
+import asyncio
+
+import click
+import msgspec
+
+from trainctl.cli.acting import act, opened
+from trainctl.cli.checkpoint import loss_of, picked
+from trainctl.cli.options import Asked, acting_options
+from trainctl.client.commanding import make_command
+from trainctl.client.errors import Rejected
+from trainctl.client.figures import duration, plain, scientific
+from trainctl.client.jsonable import dumps, jsonable
+from trainctl.client.session import Session
+from trainctl.wire.commands import Rollback
+from trainctl.wire.messages import CheckpointInfo
+
+
+class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rollback would do, from what is known now. `lr` is effective; None where the schedule is not known."""
+
+    run: str
+    target: str
+    checkpoint: str
+    verified: bool | None
+    from_step: int
+    to_step: int
+    steps_lost: int
+    time_lost_s: float | None
+    skip_batches: int
+    lr_now: float | None
+    lr_after: float | None
+    metrics: dict[str, float]
+    overrides: dict[str, str]  # what operators have set, in words
+    restore_overrides: bool  # whether the checkpoint's take their place
+
+    def text(self) -> str:
+        words = f"{self.run}: from step {self.from_step} back to {self.to_step} ({self.checkpoint}"
+        words += f", {loss_of(self.metrics)})" if loss_of(self.metrics) else ")"
+        words += f", {self.steps_lost} steps are left behind"
+        words += f" ({duration(self.time_lost_s)} of training)" if self.time_lost_s else ""
+        words += f", then {self.skip_batches} batches are skipped" if self.skip_batches else ""
+        if self.lr_now is not None and self.lr_after is not None:
+            words += f", lr {scientific(self.lr_now)} → {scientific(self.lr_after)}"
+        if self.restore_overrides:
+            words += "; what operators had set then comes back"
+            words += f", and this goes: {self._set()}" if self.overrides else ""
+        elif self.overrides:
+            words += f"; what operators have set stays: {self._set()}"
+        if self.verified is None:
+            words += "; the checkpoint is verified before anything is touched"
+        return words
+
+    def _set(self) -> str:
+        return ", ".join(f"{plain(name)} {plain(words)}" for name, words in sorted(self.overrides.items()))
+
+
+@click.command()
+@click.argument("target")
+@click.option("--skip-batches", type=click.IntRange(0), default=0, metavar="N", help="Leave out N batches of data.")
+@click.option("--lr-scale", type=float, metavar="F", help="Scale the learning rate from there on.")
+@click.option("--restore-overrides", is_flag=True, help="Take the checkpoint's overrides instead of the present ones.")
+@click.option("--dry-run", is_flag=True, help="Show the plan and do nothing.")
+@acting_options()
+def rollback(
+    asked: Asked, target: str, skip_batches: int, lr_scale: float | None, *, restore_overrides: bool, dry_run: bool
+) -> int:
+    """Restore a verified checkpoint on every rank. TARGET: last, best, a step or an id."""
+    action = Rollback(target=target, skip_batches=skip_batches, lr_scale=lr_scale, restore_overrides=restore_overrides)
+    make_command(action)  # refuses what cannot be meant, before anybody is asked
+    if dry_run:
+        plan = asyncio.run(_dry_run(asked, action))
+        fields = jsonable(plan)
+        assert isinstance(fields, dict)
+        click.echo(dumps({"command": "rollback", "dry_run": True} | fields) if asked.as_json else plan.text())
+        return 0
+
+    async def shown(session: Session) -> str:
+        return (await plan_rollback(session, action)).text()
+
+    return act(action, asked, shown)
+
+
+async def _dry_run(asked: Asked, action: Rollback) -> RollbackPlan:
+    async with opened(asked.run, asked.server_key) as session:
+        return await plan_rollback(session, action)
+
+
+async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
+    """Raises `Rejected` when the target is no checkpoint or a damaged one."""
+    model = session.model
+    found = (await session.checkpoints()).checkpoints
+    info = picked(found, action.target)
+    if info.verified is False:
+        older = [other for other in found if other.time < info.time and other.verified is not False]
+        raise Rejected(
+            f"checkpoint {info.id} is damaged; nothing was done",
+            f"the next older one is {older[-1].id} at step {older[-1].step}" if older else "there is no older one",
+        )
+    state = model.state
+    assert state is not None
+    lost = max(0, state.step - info.step)
+    return RollbackPlan(
+        run=model.name,
+        target=action.target,
+        checkpoint=info.id,
+        verified=info.verified,
+        from_step=state.step,
+        to_step=info.step,
+        steps_lost=lost,
+        time_lost_s=lost / state.steps_per_s if state.steps_per_s else None,
+        skip_batches=action.skip_batches,
+        lr_now=state.lr.effective,
+        lr_after=await _lr_after(session, action, info),
+        metrics=dict(info.metrics),
+        # The factor that was asked for takes the place of what is set for the learning rate.
+        overrides={name: words for name, words in state.overrides.items() if name != "lr" or action.lr_scale is None},
+        restore_overrides=action.restore_overrides,
+    )
+
+
+async def _lr_after(session: Session, action: Rollback, info: CheckpointInfo) -> float | None:
+    """The schedule at the checkpoint's step × the present override, or × the factor asked for."""
+    state = session.model.state
+    if state is None or state.lr.effective is None or action.restore_overrides:
+        return None
+    points = (await session.history(["lr_scheduled"], from_step=max(0, info.step - 1), to_step=info.step + 1)).get(
+        "lr_scheduled"
+    )
+    if points is None or not len(points):
+        return None
+    at = int(abs(points.columns["step"] - (info.step + 1)).argmin())
+    scheduled = float(points.columns["value"][at])
+    if action.lr_scale is not None:
+        return scheduled * action.lr_scale
+    return scheduled * (state.lr.effective / state.lr.scheduled) if state.lr.scheduled else None

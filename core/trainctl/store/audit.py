@@ -1,0 +1,153 @@
+"""The audit log: who asked for what and what became of it, one JSON object a line, each chained to the one before.
+
+`hash` is the SHA-256 of the previous line's hash and of the line itself (its keys sorted, without `hash`); the first
+line's `prev` is 64 zeros. Changing, removing or inserting a line breaks the chain from there on.
+"""
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+from trainctl.wire.rundir import fsync_dir
+
+Json: TypeAlias = bool | int | float | str | None
+
+FIRST = "0" * 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditProblem:
+    """The first line that does not fit; what stands before it is untouched."""
+
+    line: int
+    text: str
+
+    def __str__(self) -> str:
+        return f"line {self.line} {self.text}"
+
+
+class AuditLog:
+    """Appends entries; each is on disk before `append` returns. One writer at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.head = FIRST
+        self._known = False
+
+    def append(self, entry: Mapping[str, Json]) -> None:
+        """Write one entry and fsync it. Raises OSError, and then nothing of it is in the log."""
+        self._learn_head()
+        line = _chained(self.head, entry)
+        existed = self.path.exists()
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        try:
+            size = os.fstat(handle).st_size
+            try:
+                _write_all(handle, line.encode() + b"\n")
+                os.fsync(handle)
+            except OSError:
+                os.ftruncate(handle, size)
+                raise
+        finally:
+            os.close(handle)
+        if not existed:
+            fsync_dir(self.path.parent)
+        self.head = str(json.loads(line)["hash"])
+
+    def lines(self, limit: int) -> list[str]:
+        """The newest `limit` lines, oldest first. Raises OSError."""
+        try:
+            text = self.path.read_bytes().decode("utf-8", "replace")
+        except FileNotFoundError:
+            return []
+        return text.splitlines()[-limit:] if limit > 0 else []
+
+    def _learn_head(self) -> None:
+        if self._known:
+            return
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            data = b""
+        whole = data.rfind(b"\n") + 1
+        if whole < len(data):
+            # A crash tore the last line. It was not synced, so nothing was accepted on its strength.
+            os.truncate(self.path, whole)
+        last = data[:whole].rstrip(b"\n").rpartition(b"\n")[2]
+        if last:
+            try:
+                self.head = str(json.loads(last)["hash"])
+            except (ValueError, KeyError, TypeError):
+                self.head = hashlib.sha256(last).hexdigest()  # the chain is broken there, and verify_audit says so
+        self._known = True
+
+
+def verify_audit(path: Path, kept: Mapping[str, str] | None = None) -> AuditProblem | None:
+    """Check the whole chain, and that the hashes `kept` elsewhere (each with where) are in it: None when all fits.
+
+    Raises OSError; a log that does not exist is an empty one.
+    """
+    return verify_lines(_lines(path), kept)
+
+
+def verify_lines(lines: Iterable[str], kept: Mapping[str, str] | None = None) -> AuditProblem | None:
+    """The same for lines at hand, oldest first."""
+    head, number = FIRST, 0
+    missing = dict(kept or {})
+    for number, line in enumerate(lines, start=1):
+        try:
+            found = json.loads(line)
+            stated = found.pop("hash")
+            previous = found["prev"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return AuditProblem(line=number, text="is no entry of the audit log")
+        if previous != head:
+            return AuditProblem(line=number, text="does not follow the line before: one was changed, added or removed")
+        if _hash(found) != stated:
+            return AuditProblem(line=number, text="was changed: its hash does not fit its content")
+        head = stated
+        missing.pop(head, None)
+    if missing:
+        where = next(iter(missing.values()))
+        text = f"is missing: checkpoint {where} keeps the hash of a line that is not here: the log was cut or rewritten"
+        return AuditProblem(line=number + 1, text=text)
+    return None
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with path.open("rb") as file:
+            for line in file:
+                yield line.decode("utf-8", "replace")
+    except FileNotFoundError:
+        return
+
+
+def _chained(head: str, entry: Mapping[str, Json]) -> str:
+    linked = {name: _plain(value) for name, value in entry.items()} | {"prev": head}
+    return _canonical(linked | {"hash": _hash(linked)})
+
+
+def _hash(linked: Mapping[str, Json]) -> str:
+    return hashlib.sha256((str(linked["prev"]) + _canonical(linked)).encode()).hexdigest()
+
+
+def _canonical(entry: Mapping[str, Json]) -> str:
+    return json.dumps(entry, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _plain(value: Json) -> Json:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value
+
+
+def _write_all(handle: int, data: bytes) -> None:
+    written = 0
+    while written < len(data):
+        written += os.write(handle, memoryview(data)[written:])

@@ -1,0 +1,313 @@
+"""Packed segments: a full segment of the journal rewritten by columns, losing nothing, at a fraction of the size.
+
+The wire sends a few rows at a time, so most of a recorded segment is field names. Packing joins consecutive `Rows` of
+one incarnation into one `PackedRows`: steps, times and names once, each metric's values together. Everything else is
+kept as the envelopes it came in, deflated. The frames stand in the order in which they are to be applied.
+
+How numbers are stored is in numbers.py; what does not shrink is stored as it is.
+"""
+
+import contextlib
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from trainctl.store.frames import (
+    PACKED_HEADER,
+    Damage,
+    frame,
+    frame_size,
+    packed_file,
+    segment_file,
+    segment_frames,
+)
+from trainctl.store.numbers import LEVEL, pack_integers, pack_times, shuffle, unpack_integers
+from trainctl.wire import codec
+from trainctl.wire.messages import Column, Envelope, Message, RolledBack, Rows, StateChanged
+from trainctl.wire.rundir import fsync_dir
+
+ROWS_LIMIT = 4096
+_CELLS_LIMIT = 128 * 1024
+_OTHERS_BYTES = 256 * 1024
+_STEP_LIMIT = 2**60
+
+
+class PackedColumn(Message, frozen=True, kw_only=True):
+    """One metric in a block. `rows` names those that have a value, unless all have. `like`: the same as that column."""
+
+    name: str
+    dtype: Literal["f4", "f8"]
+    data: bytes = b""
+    deflated: bool = False
+    rows: bytes = b""
+    like: int | None = None
+
+
+class PackedRows(Message, frozen=True, kw_only=True, tag="rows"):
+    """Envelopes of the metrics stream: `seqs` and `links` are their numbers, `envelopes` how many rows each had."""
+
+    seqs: bytes
+    links: bytes
+    epoch: int
+    attempt: int
+    incarnation: int
+    link: int
+    time: float
+    count: int
+    envelopes: bytes
+    steps: bytes
+    times: bytes
+    columns: list[PackedColumn]
+
+
+class PackedEnvelopes(Message, frozen=True, kw_only=True, tag="envelopes"):
+    """Other envelopes as they were recorded: a deflated MessagePack array of byte strings."""
+
+    data: bytes
+
+
+class PackedDamage(Message, frozen=True, kw_only=True, tag="damage"):
+    """What could not be read when the segment was packed."""
+
+    damage: list[Damage]
+
+
+Packed: TypeAlias = PackedRows | PackedEnvelopes | PackedDamage
+decode_packed = msgspec.msgpack.Decoder(Packed).decode
+_decode_list = msgspec.msgpack.Decoder(list[bytes]).decode
+
+
+def envelopes_of(packed: PackedEnvelopes) -> list[bytes]:
+    return _decode_list(zlib.decompress(packed.data))
+
+
+def well_formed(rows: Rows) -> list[Column]:
+    """The columns that fit their rows; of several with one name the first. What is not in here is recorded nowhere."""
+    if not rows.steps or len(rows.steps) != len(rows.times) or max(map(abs, rows.steps)) > _STEP_LIMIT:
+        return []
+    found: dict[str, Column] = {}
+    for column in rows.columns:
+        if len(column.data) == (4 if column.dtype == "f4" else 8) * len(rows.steps):
+            found.setdefault(column.name, column)
+    return list(found.values())
+
+
+# --- packing
+
+
+@dataclass
+class _Gathered:
+    """One metric's values so far: where in the block each chunk begins."""
+
+    starts: list[int] = field(default_factory=list)
+    chunks: list[Column] = field(default_factory=list)
+
+    def packed(self, name: str, count: int, known: dict[tuple[str, bytes, bytes], int]) -> PackedColumn:
+        wide = any(chunk.dtype == "f8" for chunk in self.chunks)
+        dtype: Literal["f4", "f8"] = "f8" if wide else "f4"
+        if len({chunk.dtype for chunk in self.chunks}) == 1:
+            values = np.frombuffer(b"".join(chunk.data for chunk in self.chunks), f"<{dtype}")
+        else:
+            with np.errstate(invalid="ignore"):  # a signalling NaN is a NaN
+                values = np.concatenate(
+                    [np.frombuffer(chunk.data, f"<{chunk.dtype}").astype("<f8") for chunk in self.chunks]
+                )
+        rows = b"" if len(values) == count else pack_integers(self._rows())
+        raw = values.tobytes()
+        key = (dtype, raw, rows)
+        if key in known:
+            return PackedColumn(name=name, dtype=dtype, like=known[key])
+        known[key] = len(known)
+        deflated = zlib.compress(shuffle(values), LEVEL)
+        small = len(deflated) < 0.95 * len(raw)
+        return PackedColumn(name=name, dtype=dtype, data=deflated if small else raw, deflated=small, rows=rows)
+
+    def _rows(self) -> NDArray[np.int64]:
+        widths = [len(chunk.data) // int(chunk.dtype[1]) for chunk in self.chunks]
+        return np.concatenate([np.arange(start, start + n) for start, n in zip(self.starts, widths, strict=True)])
+
+
+class Packer:
+    """Takes decoded envelopes in order and yields payloads of a packed segment, in the order to apply them."""
+
+    def __init__(self) -> None:
+        self._head: Envelope | None = None  # the first envelope of the block that is being gathered
+        self._last: Envelope | None = None
+        self._steps: list[int] = []
+        self._times: list[float] = []
+        self._widths: list[int] = []
+        self._seqs: list[int] = []
+        self._links: list[int] = []
+        self._metrics: dict[str, _Gathered] = {}
+        self._others: list[bytes] = []
+        self._others_bytes = 0
+
+    def feed(self, envelope: Envelope, payload: bytes) -> Iterator[Packed]:
+        body = envelope.body
+        if isinstance(body, Rows) and (columns := well_formed(body)):
+            if not self._continues(envelope, len(body.steps), len(columns)):
+                yield from self.flush()
+            self._gather(envelope, body, columns)
+            return
+        starts = isinstance(body, StateChanged) and body.state == "starting"
+        if starts or isinstance(body, RolledBack | Rows):
+            # Which rows belong to which branch depends on the order; and each stream keeps its own.
+            yield from self.flush()
+        yield from self.keep(payload)
+
+    def keep(self, payload: bytes) -> Iterator[Packed]:
+        """A payload that is not to be looked into."""
+        self._others.append(payload)
+        self._others_bytes += len(payload)
+        if self._others_bytes > _OTHERS_BYTES:
+            yield from self._envelopes()
+
+    def flush(self) -> Iterator[Packed]:
+        """What was gathered so far. A branch begins with an event, so events go before the rows that follow them."""
+        yield from self._envelopes()
+        yield from self._rows()
+
+    def _continues(self, envelope: Envelope, rows: int, columns: int) -> bool:
+        head, body = self._head, envelope.body
+        assert isinstance(body, Rows)
+        if head is None:
+            return True
+        assert isinstance(head.body, Rows)
+        same = (head.epoch, head.attempt, head.body.incarnation) == (envelope.epoch, envelope.attempt, body.incarnation)
+        total = len(self._steps) + rows
+        return same and total <= ROWS_LIMIT and total * max(columns, len(self._metrics)) <= _CELLS_LIMIT
+
+    def _gather(self, envelope: Envelope, body: Rows, columns: list[Column]) -> None:
+        if self._head is None:
+            self._head = envelope
+        self._last = envelope
+        start = len(self._steps)
+        for column in columns:
+            into = self._metrics.setdefault(column.name, _Gathered())
+            into.starts.append(start)
+            into.chunks.append(column)
+        self._steps.extend(body.steps)
+        self._times.extend(body.times)
+        self._widths.append(len(body.steps))
+        self._seqs.append(envelope.seq)
+        self._links.append(envelope.link)
+
+    def _rows(self) -> Iterator[Packed]:
+        head, last = self._head, self._last
+        if head is None or last is None:
+            return
+        assert isinstance(head.body, Rows)
+        count = len(self._steps)
+        known: dict[tuple[str, bytes, bytes], int] = {}
+        columns: list[PackedColumn] = []
+        for name, gathered in self._metrics.items():
+            columns.append(gathered.packed(name, count, known))
+        yield PackedRows(
+            seqs=pack_integers(np.array(self._seqs, "i8")),
+            links=pack_integers(np.array(self._links, "i8")),
+            epoch=head.epoch,
+            attempt=head.attempt,
+            incarnation=head.body.incarnation,
+            link=last.link,
+            time=last.time,
+            count=count,
+            envelopes=pack_integers(np.array(self._widths, "i8")),
+            steps=pack_integers(np.array(self._steps, "i8")),
+            times=pack_times(np.array(self._times, "f8")),
+            columns=columns,
+        )
+        self._head = self._last = None
+        self._steps, self._times, self._widths, self._seqs, self._links = [], [], [], [], []
+        self._metrics = {}
+
+    def _envelopes(self) -> Iterator[Packed]:
+        if self._others:
+            yield PackedEnvelopes(data=zlib.compress(msgspec.msgpack.encode(self._others), 6))
+            self._others, self._others_bytes = [], 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sealed:
+    """A block that is on disk: where, and what of the history it holds. `counts` is the values of each metric."""
+
+    segment: int
+    offset: int
+    epoch: int
+    seqs: tuple[int, ...]
+    incarnation: int
+    counts: dict[str, int]
+
+    @property
+    def last(self) -> int:
+        return self.seqs[-1]
+
+
+def pack_segment(directory: Path, number: int) -> list[Sealed]:
+    """Rewrite one full segment by columns and remove the recorded one. May run in a thread. Raises OSError.
+
+    The packed file is whole and on disk before the recorded one goes, so a crash leaves one of them, or both, of which
+    readers take the packed one.
+    """
+    target = packed_file(directory, number)
+    partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    sealed: list[Sealed] = []
+    try:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+            offset = file.write(PACKED_HEADER)
+            for packed in _packed(directory, number):
+                payload = msgspec.msgpack.encode(packed)
+                if isinstance(packed, PackedRows):
+                    sealed.append(sealed_of(packed, number, offset))
+                file.write(frame(payload))
+                offset += frame_size(payload)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(target)
+    except OSError:
+        with contextlib.suppress(OSError):  # the reason to fail is the first error
+            partial.unlink()
+        raise
+    fsync_dir(directory)
+    segment_file(directory, number).unlink(missing_ok=True)
+    return sealed
+
+
+def sealed_of(packed: PackedRows, segment: int, offset: int) -> Sealed:
+    counts: dict[str, int] = {}
+    for column in packed.columns:
+        like = column if column.like is None else _original(packed, column.like)
+        counts[column.name] = packed.count if not like.rows else len(unpack_integers(like.rows))
+    return Sealed(
+        segment=segment,
+        offset=offset,
+        epoch=packed.epoch,
+        seqs=tuple(unpack_integers(packed.seqs).tolist()),
+        incarnation=packed.incarnation,
+        counts=counts,
+    )
+
+
+def _original(packed: PackedRows, like: int) -> PackedColumn:
+    return [column for column in packed.columns if column.like is None][like]
+
+
+def _packed(directory: Path, number: int) -> Iterator[Packed]:
+    packer, decode, damage = Packer(), codec.envelope_decoder(), list[Damage]()
+    for found in segment_frames(directory, number, None, damage):
+        try:
+            envelope = decode(found.payload)
+        except codec.DecodeError:
+            yield from packer.keep(found.payload)  # whole by its checksum: a newer version may have written it
+            continue
+        assert isinstance(envelope, Envelope)
+        yield from packer.feed(envelope, found.payload)
+    yield from packer.flush()
+    if damage:
+        yield PackedDamage(damage=damage)

@@ -1,0 +1,334 @@
+"""A run as told by its envelopes: the same code for the hub while it lives and for whoever opens the recording.
+
+`RunRecord` does no I/O; `load_record` (replay.py) reads a run's directory into one.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from trainctl.store.blocks import Block
+from trainctl.store.frames import Damage
+from trainctl.store.metrics import MetricStore
+from trainctl.store.packing import Sealed
+from trainctl.store.rollups import Columns
+from trainctl.store.saved import SavedRun
+from trainctl.wire.commands import FINAL_COMMAND_STATES
+from trainctl.wire.events import kind_of
+from trainctl.wire.manifest import list_checkpoints
+from trainctl.wire.messages import (
+    STREAMS,
+    CheckpointInfo,
+    CheckpointSaved,
+    CommandUpdate,
+    Envelope,
+    Event,
+    EventsRequest,
+    History,
+    HistoryRequest,
+    LastValue,
+    LrState,
+    NodeReading,
+    RankFigures,
+    Ranks,
+    RolledBack,
+    Rows,
+    RunInfo,
+    RunState,
+    Series,
+    Snapshot,
+    SnapshotRequest,
+    StateChanged,
+)
+from trainctl.wire.rundir import RunDir
+
+EVENTS_KEPT = 20_000
+SETTLED_COMMANDS_KEPT = 5_000
+HISTORY_BYTES = 900 * 1024
+_VALUE_BYTES = 4 * 8
+_ROLLUP_BYTES = 9 * 8
+
+
+class RunRecord:
+    """Everything that is known of one run. `apply` takes its envelopes in order; the rest answers questions."""
+
+    def __init__(self, info: RunInfo) -> None:
+        self.info = info
+        self.state = RunState(
+            state="starting",
+            since=info.started,
+            step=0,
+            step_time=info.started,
+            total_steps=info.total_steps,
+            attempt=info.attempt,
+        )
+        self.heads: dict[str, int] = dict.fromkeys(STREAMS, 0)
+        self.epochs: dict[str, int] = {}
+        self.metrics = MetricStore(RunDir(Path(info.dir)).journal)
+        self.ranks: dict[int, RankFigures] = {}
+        self.nodes: dict[str, NodeReading] = {}
+        self.events: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self.commands: dict[str, CommandUpdate] = {}
+        self.damage = list[Damage]()
+        self.last_time = info.started
+        self._links: dict[int, int] = {}
+        self._checkpoint_incarnations: dict[str, int] = {}
+        self._settled: deque[str] = deque()
+        self._directory = Path(info.dir)
+
+    # --- being told
+
+    def apply(self, envelope: Envelope) -> None:
+        """Take one envelope. One that is not newer than its stream's head is ignored: it was taken before.
+
+        A newer epoch begins wherever its hub knew the stream to end. What rank 0 sent to a hub that was being replaced
+        and then again to the next one is the same by its `link`, and counts once.
+        """
+        epoch = self.epochs.get(envelope.stream, 0)
+        if (envelope.epoch, envelope.seq) <= (epoch, self.heads.get(envelope.stream, 0)):
+            return
+        self.heads[envelope.stream], self.epochs[envelope.stream] = envelope.seq, envelope.epoch
+        if envelope.link and envelope.link <= self.link_have(envelope.attempt):
+            return
+        self.last_time = max(self.last_time, envelope.time)
+        if envelope.link:
+            self._links[envelope.attempt] = max(envelope.link, self.link_have(envelope.attempt))
+        match envelope.body:
+            case Rows() as rows:
+                self._apply_rows(rows, envelope)
+            case Ranks(ranks=ranks):
+                self.ranks.update({figures.rank: figures for figures in ranks})
+            case NodeReading() as reading:
+                self.nodes[reading.node] = reading
+            case event:
+                self._apply_event(event)
+
+    def apply_block(self, block: Block, place: Sealed) -> None:
+        """Take packed rows; what was taken before is skipped."""
+        packed, known, epoch = block.packed, self.heads.get("metrics", 0), self.epochs.get("metrics", 0)
+        newest = known if packed.epoch == epoch else 0 if packed.epoch > epoch else place.last
+        self.metrics.add_block(block, newest, self.link_have(packed.attempt))
+        self.metrics.seal(place)
+        if place.last <= newest:
+            return
+        self.heads["metrics"], self.epochs["metrics"] = place.last, packed.epoch
+        self.last_time = max(self.last_time, packed.time)
+        if packed.link:
+            self._links[packed.attempt] = max(packed.link, self.link_have(packed.attempt))
+        lr: dict[str, float] = {
+            name: float(values[-1])
+            for name in ("lr", "lr_scheduled")
+            if name in block.names and len(values := block.metric(name)[2])
+        }
+        self._advance(int(block.steps[-1]), float(block.times[-1]), packed.incarnation, packed.attempt, lr)
+
+    def seal(self, places: Iterable[Sealed]) -> None:
+        """These rows were packed: their values are read from there from now on."""
+        for place in places:
+            self.metrics.seal(place)
+
+    def save(self, segments: list[tuple[int, int]], gone: dict[str, int]) -> SavedRun:
+        """Everything that replaying built. The packed `segments` need not be replayed again; of each stream they, and
+        nothing else, hold the envelopes up to the number in `gone`."""
+        newest = max((number for number, _ in segments), default=0)
+        return SavedRun(
+            segments=segments,
+            gone=gone,
+            state=self.state,
+            heads=dict(self.heads),
+            epochs=dict(self.epochs),
+            last_time=self.last_time,
+            links=dict(self._links),
+            ranks=dict(self.ranks),
+            nodes=dict(self.nodes),
+            events=list(self.events),
+            commands=list(self.commands.values()),
+            settled=list(self._settled),
+            checkpoint_incarnations=dict(self._checkpoint_incarnations),
+            damage=[damage for damage in self.damage if damage.segment <= newest and not damage.why],
+            metrics=self.metrics.save(),
+        )
+
+    def restore(self, saved: SavedRun) -> None:
+        """Be, in a record that is empty, what was saved."""
+        self.state, self.last_time = saved.state, saved.last_time
+        self.heads |= saved.heads
+        self.epochs |= saved.epochs
+        self._links, self.ranks, self.nodes = dict(saved.links), dict(saved.ranks), dict(saved.nodes)
+        self.events.extend(saved.events)
+        self.commands = {update.id: update for update in saved.commands}
+        self._settled = deque(saved.settled)
+        self._checkpoint_incarnations = dict(saved.checkpoint_incarnations)
+        self.damage.extend(saved.damage)
+        self.metrics.restore(saved.metrics)
+
+    def progress(self, state: RunState) -> None:
+        """What is true now, from whoever knows it first hand."""
+        self.state = state
+
+    def _apply_rows(self, rows: Rows, envelope: Envelope) -> None:
+        self.metrics.add(rows, envelope.seq, envelope.epoch)
+        if rows.steps:
+            self._advance(rows.steps[-1], rows.times[-1], rows.incarnation, rows.attempt, _last_lr(rows))
+
+    def _advance(self, step: int, at: float, incarnation: int, attempt: int, lr: dict[str, float]) -> None:
+        self.state = msgspec.structs.replace(
+            self.state,
+            step=step,
+            step_time=at,
+            incarnation=incarnation,
+            attempt=max(self.state.attempt, attempt),
+            lr=LrState(scheduled=lr.get("lr_scheduled", lr["lr"]), effective=lr["lr"]) if "lr" in lr else self.state.lr,
+        )
+
+    def _apply_event(self, event: Event) -> None:
+        self.events.append(event)
+        match event:
+            case StateChanged():
+                self._apply_state(event)
+            case CommandUpdate():
+                self._apply_command(event)
+            case CheckpointSaved(error=None):
+                self._checkpoint_incarnations.setdefault(event.id, event.incarnation)
+            case RolledBack():
+                parent = self._checkpoint_incarnations.get(event.checkpoint, event.from_incarnation)
+                self.metrics.begin(event.incarnation, after_step=event.step, parent=parent)
+                self.state = msgspec.structs.replace(
+                    self.state, step=event.step, step_time=event.time, incarnation=event.incarnation
+                )
+            case _:
+                pass
+
+    def _apply_state(self, event: StateChanged) -> None:
+        if event.state == "starting":
+            self.metrics.begin(event.incarnation, after_step=event.step)
+            if event.attempt > self.state.attempt:
+                # Ranks and nodes of the attempt before may be other ones.
+                self.ranks.clear()
+                self.nodes.clear()
+        self.state = msgspec.structs.replace(
+            self.state,
+            state=event.state,
+            since=event.time,
+            step=event.step,
+            incarnation=event.incarnation,
+            attempt=event.attempt,
+            reason=event.reason,
+            by=None,
+            resumes_at=None,
+        )
+
+    def _apply_command(self, update: CommandUpdate) -> None:
+        before = self.commands.get(update.id)
+        if before is not None and before.state in FINAL_COMMAND_STATES and before.state != "unknown":
+            return  # the first outcome stands
+        self.commands[update.id] = update
+        if update.state in FINAL_COMMAND_STATES and (before is None or before.state != "unknown"):
+            self._settled.append(update.id)
+            if len(self._settled) > SETTLED_COMMANDS_KEPT:
+                self.commands.pop(self._settled.popleft(), None)
+
+    # --- answering
+
+    def link_have(self, attempt: int) -> int:
+        """The newest number of rank 0's own counting that is recorded of an attempt, 0 if none is."""
+        return self._links.get(attempt, 0)
+
+    @property
+    def pending(self) -> list[CommandUpdate]:
+        """Commands that were accepted and have no outcome yet, oldest first."""
+        return [update for update in self.commands.values() if update.state not in FINAL_COMMAND_STATES]
+
+    @property
+    def last_values(self) -> dict[str, LastValue]:
+        """The value of every metric that came last."""
+        return {name: last for name in self.metrics.names if (last := self.metrics.latest(name)) is not None}
+
+    def checkpoints(self) -> list[CheckpointInfo]:
+        """The checkpoints in the run's directory now (this reads the directory)."""
+        return list_checkpoints(RunDir(self._directory).checkpoints)
+
+    def snapshot(self, request: SnapshotRequest, checkpoints: list[CheckpointInfo] | None = None) -> Snapshot:
+        """Everything needed for a first picture. Without `checkpoints` they are looked up on disk."""
+        return Snapshot(
+            req=request.req,
+            info=self.info,
+            state=self.state,
+            heads=dict(self.heads),
+            metrics=self.last_values,
+            ranks=[self.ranks[rank] for rank in sorted(self.ranks)],
+            nodes=[self.nodes[node] for node in sorted(self.nodes)],
+            checkpoints=self.checkpoints() if checkpoints is None else checkpoints,
+            events=_newest(self.events, min(request.events, 2000)),
+            commands=self.pending,
+        )
+
+    def history(self, request: HistoryRequest) -> History:
+        """Values or rollups of metrics, cut where the answer would pass the size limit."""
+        points = request.points
+        if points is not None:
+            points = max(1, min(points, HISTORY_BYTES // _ROLLUP_BYTES // max(1, len(request.metrics)) - 8))
+        found = {
+            name: self.metrics.query(
+                name,
+                from_step=request.from_step,
+                to_step=request.to_step,
+                points=points,
+                incarnation=request.incarnation,
+            )
+            for name in dict.fromkeys(request.metrics)
+        }
+        next_step = _cut(found) if points is None else None
+        series = [Series(name=name, columns=_encoded(columns)) for name, columns in found.items()]
+        return History(req=request.req, series=series, next_step=next_step)
+
+    def events_matching(self, request: EventsRequest) -> list[Event]:
+        """The newest `limit` events that match, oldest first."""
+        kinds = {"node" if kind == "node-event" else kind for kind in request.kinds}
+        matching = (
+            event
+            for event in reversed(self.events)
+            if (not kinds or kind_of(event) in kinds)
+            and (request.since is None or event.time >= request.since)
+            and (request.from_step is None or event.step >= request.from_step)
+        )
+        return list(islice(matching, max(0, min(request.limit, 2000))))[::-1]
+
+
+def _last_lr(rows: Rows) -> dict[str, float]:
+    """The learning rate of the last of these rows; without a scheduled one the effective is all there is."""
+    return {
+        column.name: float(np.frombuffer(column.data, f"<{column.dtype}")[-1])
+        for column in rows.columns
+        if column.name in {"lr", "lr_scheduled"} and len(column.data) == int(column.dtype[1]) * len(rows.steps)
+    }
+
+
+def _newest(events: "deque[Event]", limit: int) -> list[Event]:
+    return list(islice(reversed(events), max(0, limit)))[::-1]
+
+
+def _encoded(columns: Columns) -> dict[str, bytes]:
+    return {
+        name: column.astype("<i8" if column.dtype.kind == "i" else "<f8").tobytes() for name, column in columns.items()
+    }
+
+
+def _cut(found: dict[str, Columns]) -> int | None:
+    """Shorten value columns in place to what fits one answer; return the step to ask from next."""
+    limit = HISTORY_BYTES // _VALUE_BYTES
+    steps = np.concatenate([columns["step"] for columns in found.values()] or [np.empty(0, "i8")])
+    if len(steps) <= limit:
+        return None
+    steps.sort()
+    next_step = int(steps[limit])
+    if next_step == int(steps[0]):
+        next_step += 1  # more values at one step than fit: send them all rather than never get on
+    for name, columns in found.items():
+        kept = columns["step"].astype("i8") < next_step
+        found[name] = {column: values[kept] for column, values in columns.items()}
+    return next_step if next_step <= int(steps[-1]) else None

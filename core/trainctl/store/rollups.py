@@ -1,0 +1,130 @@
+"""Buckets of consecutive values, and pyramids of them.
+
+A bucket's `min`, `max` and `mean` are over its finite values, `count` is of all its values, `nonfinite` of those that
+are NaN or infinite, and `step`, `time` and `last` are of its last value, whatever that is. A bucket without a finite
+value has NaN as min, max and mean: it is drawn as NaN and never as a gap. Inside, `sum` stands in for `mean`.
+"""
+
+from collections.abc import Iterable
+from typing import Final, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+Columns: TypeAlias = dict[str, NDArray[np.generic]]
+
+_DTYPES: Final = {
+    "step": "i8",
+    "time": "f8",
+    "min": "f8",
+    "max": "f8",
+    "sum": "f8",
+    "last": "f8",
+    "count": "i8",
+    "nonfinite": "i8",
+}
+
+
+class Growing:
+    """A numpy column that appends in amortised constant time and gives its front away again."""
+
+    def __init__(self, dtype: str, data: NDArray[np.generic] | None = None) -> None:
+        self._data: NDArray[np.generic] = np.empty(0, dtype) if data is None else data
+        self._start = 0
+        self._end = len(self._data)
+
+    @property
+    def size(self) -> int:
+        return self._end - self._start
+
+    @property
+    def view(self) -> NDArray[np.generic]:
+        return self._data[self._start : self._end]
+
+    def extend(self, values: NDArray[np.generic]) -> None:
+        if not len(values):
+            return
+        needed = self._end + len(values)
+        wider = values.dtype.itemsize > self._data.dtype.itemsize  # what turned float64 stays exact from here on
+        if wider or needed > len(self._data):
+            kept = self.view
+            grown = np.empty(max(64, 2 * (len(kept) + len(values))), values.dtype if wider else self._data.dtype)
+            with np.errstate(invalid="ignore"):  # a signalling NaN is a NaN, and no reason to complain
+                grown[: len(kept)] = kept
+            self._data, self._start, self._end = grown, 0, len(kept)
+            needed = self._end + len(values)
+        self._data[self._end : needed] = values
+        self._end = needed
+
+    def drop(self, count: int) -> None:
+        """Give away the first `count` values."""
+        self._start += count
+        if 2 * self.size < len(self._data) - 64:
+            kept = self.view
+            self._data = np.empty(max(64, len(kept) * 5 // 4), kept.dtype)
+            self._data[: len(kept)] = kept
+            self._start, self._end = 0, len(kept)
+
+
+class Level:
+    """Complete buckets of `width` values each."""
+
+    def __init__(self, width: int, columns: Columns | None = None) -> None:
+        self.width = width
+        self.columns = {
+            name: Growing(dtype, None if columns is None else columns[name]) for name, dtype in _DTYPES.items()
+        }
+
+    @property
+    def size(self) -> int:
+        return self.columns["step"].size
+
+    def extend(self, buckets: Columns) -> None:
+        for name, column in self.columns.items():
+            column.extend(buckets[name])
+
+    def slice(self, first: int, last: int) -> Columns:
+        return {name: column.view[first:last] for name, column in self.columns.items()}
+
+
+def ones(step: NDArray[np.generic], time: NDArray[np.generic], value: NDArray[np.generic]) -> Columns:
+    """Values as buckets of one."""
+    value = value.astype("f8")
+    finite = np.isfinite(value)
+    return {
+        "step": step,
+        "time": time,
+        "min": np.where(finite, value, np.nan),
+        "max": np.where(finite, value, np.nan),
+        "sum": np.where(finite, value, 0.0),
+        "last": value,
+        "count": np.ones(len(value), "i8"),
+        "nonfinite": (~finite).astype("i8"),
+    }
+
+
+def join(parts: Iterable[Columns]) -> Columns:
+    listed = list(parts)
+    return {name: np.concatenate([part[name] for part in listed]) for name in listed[0]}
+
+
+def group(buckets: Columns, size: int) -> Columns:
+    """Merge `size` neighbouring buckets into one; the last one may be of fewer."""
+    count = len(buckets["step"])
+    if size <= 1 or count == 0:
+        return buckets
+    starts = np.arange(0, count, size)
+    ends = np.minimum(starts + size, count) - 1
+    with np.errstate(over="ignore", invalid="ignore"):  # values near the largest double: their mean is no number
+        total = np.add.reduceat(buckets["sum"], starts)
+    # fmin and fmax pass NaN over unless there is nothing else
+    return {
+        "step": buckets["step"][ends],
+        "time": buckets["time"][ends],
+        "min": np.fmin.reduceat(buckets["min"], starts),
+        "max": np.fmax.reduceat(buckets["max"], starts),
+        "sum": total,
+        "last": buckets["last"][ends],
+        "count": np.add.reduceat(buckets["count"], starts),
+        "nonfinite": np.add.reduceat(buckets["nonfinite"], starts),
+    }

@@ -1,0 +1,169 @@
+"""The saved index of a journal: all that replaying it would build, so that a long run opens at once.
+
+    journal/index    8 bytes b"TCI" 0x00 and the format version, CRC-32 of the rest, MessagePack of a `SavedRun`
+
+It is a view and never the truth: when it is missing, damaged, of another version or does not fit the packed segments
+that it says it covers, the journal is replayed from its beginning, and nothing is lost but the time that takes.
+"""
+
+import logging
+import struct
+import zlib
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from trainctl.store.frames import Damage, packed_file
+from trainctl.store.rollups import Columns, Level
+from trainctl.store.tracks import BASE, FAN, BlockReader, Chunks, Track
+from trainctl.wire.messages import CommandUpdate, Event, LastValue, Message, NodeReading, RankFigures, RunState
+from trainctl.wire.rundir import write_atomic
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+_HEADER = struct.Struct("<4sII")
+_MAGIC = b"TCI\0"
+
+
+class SavedColumn(Message, frozen=True, kw_only=True):
+    dtype: Literal["<i8", "<f8", "<f4"]
+    data: bytes
+
+
+SavedColumns = dict[str, SavedColumn]
+
+
+class SavedTrack(Message, frozen=True, kw_only=True):
+    name: str
+    incarnation: int
+    sorted: bool
+    last_step: int
+    chunks: SavedColumns
+    kept: list[SavedColumns]
+    levels: list[SavedColumns]
+    hot_start: int
+    hot: SavedColumns
+
+
+class SavedBranch(Message, frozen=True, kw_only=True):
+    incarnation: int
+    after_step: int
+    parent: int | None
+
+
+class SavedMetrics(Message, frozen=True, kw_only=True):
+    """`names` in the order in which they first came; `unsealed` are the (epoch, seq, rows, kind) that are in no
+    block yet, and `kinds` the (incarnation, names) of metrics that came together."""
+
+    names: list[str]
+    last: dict[str, LastValue]
+    branches: list[SavedBranch]
+    tracks: list[SavedTrack]
+    kinds: list[tuple[int, tuple[str, ...]]]
+    unsealed: list[tuple[int, int, int, int]]
+
+
+class SavedRun(Message, frozen=True, kw_only=True):
+    """A `RunRecord`; `segments` are the (number, bytes) of the packed segments that need not be read again."""
+
+    segments: list[tuple[int, int]]
+    gone: dict[str, int]
+    state: RunState
+    heads: dict[str, int]
+    epochs: dict[str, int]
+    last_time: float
+    links: dict[int, int]
+    ranks: dict[int, RankFigures]
+    nodes: dict[str, NodeReading]
+    events: list[Event]
+    commands: list[CommandUpdate]
+    settled: list[str]
+    checkpoint_incarnations: dict[str, int]
+    damage: list[Damage]
+    metrics: SavedMetrics
+
+
+_decoder = msgspec.msgpack.Decoder(SavedRun)
+
+
+def index_file(directory: Path) -> Path:
+    return directory / "index"
+
+
+def packed_sizes(directory: Path, numbers: list[int]) -> list[tuple[int, int]]:
+    return [(number, packed_file(directory, number).stat().st_size) for number in numbers]
+
+
+def write_index(directory: Path, saved: SavedRun) -> int:
+    """Put it in place of the one before; return its size. Raises OSError. May run in a thread."""
+    payload = msgspec.msgpack.encode(saved)
+    write_atomic(index_file(directory), _HEADER.pack(_MAGIC, FORMAT, zlib.crc32(payload)) + payload)
+    return len(payload)
+
+
+def read_index(directory: Path) -> SavedRun | None:
+    """The saved index if there is one that fits the journal."""
+    try:
+        data = index_file(directory).read_bytes()
+        magic, version, checksum = _HEADER.unpack_from(data)
+        payload = memoryview(data)[_HEADER.size :]
+        if (magic, version) != (_MAGIC, FORMAT) or zlib.crc32(payload) != checksum:
+            log.warning("the saved index in %s is damaged or of another version: the journal is replayed", directory)
+            return None
+        saved = _decoder.decode(payload)
+        if packed_sizes(directory, [number for number, _ in saved.segments]) != saved.segments:
+            return None
+    except FileNotFoundError:
+        return None
+    except (OSError, struct.error, msgspec.MsgspecError) as error:
+        log.warning("the saved index in %s cannot be read, the journal is replayed: %s", directory, error)
+        return None
+    return saved
+
+
+# --- tracks
+
+
+def save_columns(columns: Columns) -> SavedColumns:
+    return {name: _save(column) for name, column in columns.items()}
+
+
+def _save(column: NDArray[np.generic]) -> SavedColumn:
+    little = column.astype(column.dtype.newbyteorder("<"), copy=False)
+    kinds: dict[str, Literal["<i8", "<f8", "<f4"]] = {"i8": "<i8", "f8": "<f8", "f4": "<f4"}
+    return SavedColumn(dtype=kinds[little.dtype.kind + str(little.dtype.itemsize)], data=little.tobytes())
+
+
+def load_columns(saved: SavedColumns) -> Columns:
+    return {name: np.frombuffer(column.data, column.dtype) for name, column in saved.items()}
+
+
+def save_track(track: Track, incarnation: int) -> SavedTrack:
+    return SavedTrack(
+        name=track.name,
+        incarnation=incarnation,
+        sorted=track.sorted,
+        last_step=track.last_step,
+        chunks=save_columns(track.chunks.saved()),
+        kept=[save_columns(columns) for columns in track.chunks.kept],
+        levels=[save_columns(level.slice(0, level.size)) for level in track.levels],
+        hot_start=track.hot_start,
+        hot=save_columns({name: column.view for name, column in track.hot.items()}),
+    )
+
+
+def load_track(saved: SavedTrack, reader: BlockReader) -> Track:
+    track = Track(saved.name, reader)
+    track.restore(
+        is_sorted=saved.sorted,
+        chunks=Chunks(load_columns(saved.chunks), [load_columns(columns) for columns in saved.kept]),
+        levels=[Level(BASE * FAN**at, load_columns(columns)) for at, columns in enumerate(saved.levels)],
+        hot_start=saved.hot_start,
+        hot=load_columns(saved.hot),
+        last_step=saved.last_step,
+    )
+    return track

@@ -1,0 +1,60 @@
+"""`trainctl log -f` prints every line once, also those that it could not hear one by one."""
+
+import asyncio
+import json
+
+import pytest
+
+from client.lossy_hub import LossyHub
+from client.scripted_hub import make_info, rows
+from trainctl.cli.log import LogPrinter, Wanted, follow_log
+from trainctl.client.session import open_session
+from trainctl.wire.messages import Note, StateChanged
+
+
+def note(number: int) -> Note:
+    return Note(time=1e9 + number, step=number, incarnation=1, actor="ann", text=str(number))
+
+
+def test_lines_that_the_hub_has_packed_before_they_were_heard_are_printed_once(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hub = LossyHub(make_info("run-1", "gpt"))
+    hub.held = []
+    hub.start()
+
+    def train() -> None:
+        hub.publish(rows(3, 3, loss=1.0))
+        hub.publish(note(1))
+        hub.publish(rows(4, 40, loss=1.0), "lost")
+        hub.publish(note(2), "lost")
+        hub.pack()
+        hub.publish(rows(41, 42, loss=1.0))
+        hub.publish(note(3))
+        hub.beat()
+
+    async def scenario() -> None:
+        session = await open_session("gpt")
+        try:
+            printer = LogPrinter(session.model, Wanted(follow=True), as_json=True)
+            following = asyncio.create_task(follow_log(session, printer))
+            async with asyncio.timeout(30):
+                while printer.printed < 2:  # noqa: ASYNC110 - the backlog is printed by the other task
+                    await asyncio.sleep(0.01)
+                await asyncio.to_thread(train)
+                while printer.printed < 45:  # noqa: ASYNC110 - as above
+                    await asyncio.sleep(0.01)
+                hub.publish(StateChanged(time=2e9, step=42, incarnation=1, state="finished"))
+                assert await following == 0
+        finally:
+            await session.close()
+
+    try:
+        hub.publish(rows(1, 2, loss=1.0))
+        asyncio.run(scenario())
+    finally:
+        hub.stop()
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    steps = [line["step"] for line in lines if line["kind"] == "metrics"]
+    assert steps == list(range(1, 43))
+    assert [line["text"] for line in lines if line["kind"] == "note"] == ["1", "2", "3"]

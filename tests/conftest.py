@@ -1,0 +1,24 @@
+"""Shared by all tests: a home of their own, so that no test sees the user's runs or keys."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Give every test its own state, configuration and socket directories."""
+    tmp_path_factory.getbasetemp()  # made under the real TMPDIR, before the first test changes it
+    # Short, for a socket's path has room for 107 bytes: pytest's own directories are too deep with several workers.
+    home = Path(tempfile.mkdtemp(prefix="tc-", dir="/tmp"))
+    monkeypatch.setenv("TRAINCTL_HOME", str(home / "state"))
+    monkeypatch.setenv("TRAINCTL_CONFIG", str(home / "config"))
+    monkeypatch.setenv("TMPDIR", str(home))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # what the test process itself remembered of TMPDIR
+    for name in ("TRAINCTL", "TRAINCTL_RUN", "TRAINCTL_RUN_ID", "TRAINCTL_RUN_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    yield home
+    shutil.rmtree(home, ignore_errors=True)

@@ -1,0 +1,192 @@
+"""`abort --now` and `restart` need no boundary: shown with a rank stopped, and with ranks stuck in a collective."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from jobs import TRAINCTL, end_tree, job, trainctl, trainctl_json
+from trainctl.wire.cards import read_cards
+from waiting import until
+
+pytestmark = pytest.mark.ranks
+_SCRIPT = Path(__file__).parents[1] / "scripts" / "collectives.py"
+
+
+class Launched:
+    """`trainctl run` with two ranks on tests/scripts/collectives.py."""
+
+    def __init__(self, output: Path, *torchrun: str, script: tuple[str, ...] = ()) -> None:
+        self.output, self.directory = output, output / "run"
+        self._log = (output / "launcher.log").open("w")
+        command = [*TRAINCTL, "run", "--dir", str(self.directory), "--nproc-per-node", "2", *torchrun]
+        self.process = subprocess.Popen(
+            [*command, str(_SCRIPT), str(output), *script],
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+
+    @property
+    def run(self) -> list[str]:
+        return ["-r", str(self.directory)]
+
+    def lines(self, attempt: int, rank: int = 0) -> list[dict[str, Any]]:
+        path = self.output / f"rank-{rank}.jsonl"
+        text = path.read_text() if path.exists() else ""
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+        return [line for line in lines if line["attempt"] == attempt]
+
+    def until_step(self, step: int, attempt: int = 1) -> None:
+        def there() -> bool:
+            assert self.process.poll() is None, self.log()
+            return any(line["step"] >= step for line in self.lines(attempt))
+
+        until(there, 60, what=f"step {step} of attempt {attempt}")
+        until((self.directory / "run.json").exists, 30, what="the hub")
+
+    def status(self) -> Any:
+        return trainctl_json("status", *self.run)
+
+    def until_agent(self) -> None:
+        """An agent that has seen both ranks."""
+        until(lambda: (nodes := self.status()["nodes"]) and len(nodes[0]["processes"]) == 2, 30, what="the agent")
+
+    def pids(self) -> list[int]:
+        return [rank["pid"] for rank in self.status()["ranks"]]
+
+    def log(self) -> str:
+        return (self.output / "launcher.log").read_text()
+
+    def close(self) -> None:
+        children = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        end_tree(self.process)
+        for child in children:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        self._log.close()
+
+
+@contextlib.contextmanager
+def launched(output: Path, *torchrun: str, script: tuple[str, ...] = ()) -> Iterator[Launched]:
+    running = Launched(output, *torchrun, script=script)
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def states(run: list[str]) -> list[tuple[str, str]]:
+    lines = trainctl("log", *run, "-n", "1000", "--kind", "state", "--json", check=False).stdout.splitlines()
+    return [(line["state"], line["reason"] or "") for line in map(json.loads, lines)]
+
+
+def stuck_ranks(run: list[str]) -> dict[int, dict[str, Any]]:
+    lines = trainctl("log", *run, "-n", "1000", "--kind", "rank", "--json", check=False).stdout.splitlines()
+    return {line["rank"]: line for line in map(json.loads, lines) if line["state"] == "stuck"}
+
+
+def test_abort_now_ends_a_run_with_a_stopped_rank_and_nothing_restarts_it(tmp_path: Path) -> None:
+    with launched(tmp_path, "--max-restarts", "3") as running:
+        running.until_step(6)
+        running.until_agent()
+        pids = running.pids()
+        os.kill(pids[1], signal.SIGSTOP)
+        done = trainctl_json("abort", "--now", "--yes", *running.run)
+        assert (done["state"], done["ranks"]) == ("applied", 2)
+        assert done["after"] == f"2 ranks on {os.uname().nodename}"
+        assert not any(map(alive, pids))
+        assert running.process.wait(60) == 1
+        assert "was aborted by" in running.log()
+        status = running.status()
+        assert (status["state"], status["attempt"]) == ("stopped", 1)
+        assert status["reason"].startswith("aborted by")
+        assert [state for state, _ in states(running.run)][-1] == "stopped"
+        assert running.lines(attempt=2) == []
+        assert trainctl("audit", "--verify", *running.run).returncode == 0
+        again = trainctl("abort", "--now", "--yes", *running.run, check=False)
+        assert again.returncode in {3, 4}, again.stdout + again.stderr
+
+
+def test_a_rank_in_a_collective_that_the_others_left_is_named_and_restart_gets_the_run_out_of_it(
+    tmp_path: Path,
+) -> None:
+    with launched(tmp_path) as running:
+        running.until_step(12)
+        running.until_agent()
+        pids, run_id = running.pids(), running.status()["id"]
+        (tmp_path / "alone").touch()
+        before = running.lines(1)[-1]["step"]
+        stuck = until(lambda: len(found := stuck_ranks(running.run)) == 2 and found, 30, what="both are found stuck")
+        assert f"in communication for {stuck[1]['text'].split()[3]} s after step {stuck[1]['step']}" in stuck[1]["text"]
+        assert "in backward for" in stuck[0]["text"]
+        assert [rank["state"] for rank in running.status()["ranks"]] == ["stuck", "stuck"]
+        checkpoints = trainctl_json("checkpoint", "ls", *running.run)["checkpoints"]
+        target = next(info for info in checkpoints if info["step"] == 10)
+        (tmp_path / "alone").unlink()
+        done = trainctl_json("restart", "--from", "10", "--yes", *running.run)
+        assert (done["state"], done["ranks"]) == ("applied", 2), running.log()
+        assert not any(map(alive, pids))
+        running.until_step(before, attempt=2)
+        assert running.lines(2)[0]["step"] == target["step"] + 1
+        status = until(lambda: (found := running.status())["state"] == "running" and found, 20)
+        assert (status["id"], status["attempt"]) == (run_id, 2)
+        told = states(running.run)
+        assert any(state == "starting" and f"restarting from {target['id']}" in reason for state, reason in told)
+        assert "lost" not in [state for state, _ in told]
+        assert not (running.directory / "ending.json").exists()
+
+
+def test_without_anybody_to_start_it_again_a_restart_is_refused_and_says_what_to_do(tmp_path: Path) -> None:
+    with job("collectives.py", 2, tmp_path / "out") as running:
+        running.until_step(6)
+        run = ["-r", str(running.directory)]
+        refused = trainctl("restart", "--yes", *run, "--json", check=False)
+        assert refused.returncode == 4, refused.stderr
+        reason = json.loads(refused.stdout)["reason"]
+        assert "torchrun has no restart left" in reason
+        assert "trainctl run --resume" in reason
+        before = running.step()
+        until(lambda: running.step() > before, 20, what="training goes on")
+
+
+def test_both_ask_first(tmp_path: Path) -> None:
+    for words in (["abort", "--now"], ["restart"]):
+        done = trainctl(*words, "-r", str(tmp_path), check=False)
+        assert done.returncode == 2
+        assert "--yes" in done.stderr
+
+
+def test_an_agent_that_does_not_answer_is_named_and_nothing_is_guessed(tmp_path: Path) -> None:
+    with job("collectives.py", 2, tmp_path / "out") as running:
+        running.until_step(6)
+        run = ["-r", str(running.directory)]
+        until(lambda: (nodes := trainctl_json("status", *run)["nodes"]) and len(nodes[0]["processes"]) == 2, 30)
+        agent = next(card for card in read_cards() if card.kind == "agent")
+        os.kill(agent.pid, signal.SIGSTOP)
+        try:
+            done = trainctl("abort", "--now", "--yes", *run, "--json", check=False)
+            told = json.loads(done.stdout)
+            assert (done.returncode, told["state"]) == (1, "failed")
+            assert f"2 ranks on {agent.host} cannot be ended: its agent does not answer" in told["reason"]
+            assert "nothing was changed" in told["reason"]
+            before = running.step()
+            until(lambda: running.step() > before, 20, what="training goes on")
+        finally:
+            os.kill(agent.pid, signal.SIGCONT)
+        assert trainctl_json("abort", "--now", "--yes", *run)["state"] == "applied"

@@ -1,0 +1,216 @@
+"""What a history is: each rank's own record, the audit log, and what every operator was told. And whether it holds.
+
+`problems` is a pure function; the simulated and the real histories are judged by it alike. Its rules:
+
+    agreement   every rank that was there applied the same commands, at the same steps, in the same order
+    truth       `applied` means on every rank; `rejected`, `conflict`, `expired` and `superseded` mean on none
+    one outcome for one id, to everybody who asked, in the audit log and in the run's record; it never changes
+    audit       nothing is applied that has no line in the log from before, and the chain of the log is whole
+    an end      what was accepted has an outcome, unless the history was cut off
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trainctl.store.audit import verify_lines
+from trainctl.wire.commands import FINAL_COMMAND_STATES
+
+Fate = Literal["lives", "left", "died"]
+UNTOUCHED = frozenset({"rejected", "conflict", "expired", "superseded"})
+_ORDER = {"accepted": 0, "scheduled": 1}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """One rank applied one command. `time` is on the clock of the audit log; `after` is the value it made."""
+
+    id: str
+    step: int
+    incarnation: int = 1
+    after: object = None
+    time: float = float("inf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankRecord:
+    """What one rank wrote down while it lived. `left`: its loop was over; `died`: it was killed, or ended itself."""
+
+    rank: int
+    applied: Sequence[Applied] = ()
+    fate: Fate = "lives"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """What one operator heard of one command. `own` is what its client library concluded without being told."""
+
+    operator: str
+    id: str
+    state: str
+    step: int | None = None
+    after: object = None
+    own: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class History:
+    """`told` in the order in which each operator heard it; `outcomes` as the run's record has them at the end.
+
+    `unaudited` are ids that may have no line: the hub could not write, and the command was one to stop or save.
+    """
+
+    ranks: Sequence[RankRecord]
+    told: Sequence[Told] = ()
+    audit: Sequence[str] = ()
+    outcomes: dict[str, str] = field(default_factory=dict)
+    unaudited: frozenset[str] = frozenset()
+    complete: bool = True
+
+
+def problems(history: History) -> list[str]:
+    """Everything that is inconsistent in a history, in words; empty when it holds."""
+    rules: list[Callable[[History], Iterator[str]]] = [
+        _once,
+        _agreement,
+        _truth,
+        _one_outcome,
+        _audited,
+        _chain,
+        _ended,
+    ]
+    return [f"{rule.__name__.strip('_')}: {problem}" for rule in rules for problem in rule(history)]
+
+
+def _by_rank(history: History) -> dict[str, dict[int, Applied]]:
+    found: dict[str, dict[int, Applied]] = {}
+    for record in history.ranks:
+        for applied in record.applied:
+            found.setdefault(applied.id, {})[record.rank] = applied
+    return found
+
+
+def _once(history: History) -> Iterator[str]:
+    for record in history.ranks:
+        ids = [applied.id for applied in record.applied]
+        for twice in sorted({name for name in ids if ids.count(name) > 1}):
+            yield f"rank {record.rank} applied {twice} {ids.count(twice)} times"
+
+
+def _agreement(history: History) -> Iterator[str]:
+    sequences = {record.rank: [applied.id for applied in record.applied] for record in history.ranks}
+    longest_rank, longest = max(sequences.items(), key=lambda item: len(item[1]))
+    for record in history.ranks:
+        own = sequences[record.rank]
+        if own != longest[: len(own)]:
+            yield f"rank {record.rank} applied {own}, rank {longest_rank} {longest}"
+        elif len(own) < len(longest) and record.fate == "lives":
+            yield f"rank {record.rank} lives and did not apply {longest[len(own) :]}, which rank {longest_rank} did"
+    for name, ranks in _by_rank(history).items():
+        for what in ("step", "incarnation", "after"):
+            if len({repr(getattr(applied, what)) for applied in ranks.values()}) > 1:
+                each = {rank: getattr(applied, what) for rank, applied in ranks.items()}
+                yield f"the ranks applied {name} at different {what}: {each}"
+
+
+def _truth(history: History) -> Iterator[str]:
+    everybody = {record.rank for record in history.ranks}
+    applied = _by_rank(history)
+    said = {(told.id, told.state, told.step, repr(told.after)): told for told in history.told if not told.own}
+    for told in said.values():
+        ranks = applied.get(told.id, {})
+        if told.state == "applied" and ranks.keys() != everybody and told.id not in _without_ranks(history):
+            missing = sorted(everybody - ranks.keys())
+            yield f"{told.operator} was told that {told.id} is applied; ranks {missing} did not"
+        if told.state == "applied" and told.step is not None:
+            yield from (
+                f"{told.operator} was told step {told.step}, after {told.after!r} of {told.id}; rank {rank} has "
+                f"step {own.step}, after {own.after!r}"
+                for rank, own in ranks.items()
+                if (own.step, repr(own.after)) != (told.step, repr(told.after))
+            )
+    for name, state in sorted({(told.id, told.state) for told in said.values()} | set(history.outcomes.items())):
+        ranks = applied.get(name, {})
+        if state in UNTOUCHED and ranks:
+            yield f"{name} was told to be {state}; ranks {sorted(ranks)} applied it"
+        if state == "failed" and ranks.keys() == everybody:
+            yield f"{name} was told to have failed; every rank applied it"
+
+
+def _without_ranks(history: History) -> set[str]:
+    """Commands that the hub carries out alone."""
+    return {
+        entry["id"]
+        for entry in _entries(history)
+        if entry.get("command") in {"note", "cancel", "checkpoint pin", "checkpoint unpin"}
+    }
+
+
+def _one_outcome(history: History) -> Iterator[str]:
+    final: dict[str, dict[str, str]] = {}
+
+    def hear(name: str, state: str, source: str) -> None:
+        if state in FINAL_COMMAND_STATES and state != "unknown":
+            final.setdefault(name, {}).setdefault(state, source)
+
+    for operator in sorted({told.operator for told in history.told}):
+        newest: dict[str, str] = {}
+        for told in (told for told in history.told if told.operator == operator and not told.own):
+            before = newest.get(told.id)
+            if before in FINAL_COMMAND_STATES and before not in {"unknown", told.state}:
+                yield f"{operator} was told that {told.id} is {before}, and later that it is {told.state}"
+            elif before in _ORDER and told.state in _ORDER and _ORDER[told.state] < _ORDER[before]:
+                yield f"{operator} was told that {told.id} is {before}, and later only {told.state}"
+            newest[told.id] = told.state
+            hear(told.id, told.state, operator)
+    for entry in _entries(history):
+        hear(str(entry.get("id")), str(entry.get("state")), "the audit log")
+    for name, state in history.outcomes.items():
+        hear(name, state, "the run's record")
+    for name, states in final.items():
+        if len(states) > 1:
+            yield f"{name} has {len(states)} outcomes: {states}"
+
+
+def _audited(history: History) -> Iterator[str]:
+    accepted: dict[str, float] = {}
+    for entry in _entries(history):
+        if entry.get("state") == "accepted":
+            accepted.setdefault(str(entry.get("id")), float(entry.get("time", "-inf")))
+    for name, ranks in _by_rank(history).items():
+        asked = re.sub(r"\.undo(\.\d+)?$", "", name)  # an undoing was audited with the change that it undoes
+        if asked in history.unaudited or asked.startswith("auto-resume-"):
+            continue
+        if asked not in accepted:
+            yield f"{name} was applied and the audit log has no line that it was accepted"
+        elif min(applied.time for applied in ranks.values()) < accepted[asked]:
+            yield f"{name} was applied before the audit log's line of it was made"
+
+
+def _chain(history: History) -> Iterator[str]:
+    if (problem := verify_lines(history.audit)) is not None:
+        yield f"the audit log is not whole: {problem}"
+
+
+def _ended(history: History) -> Iterator[str]:
+    if not history.complete:
+        return
+    taken = {told.id for told in history.told if told.state == "accepted"}
+    taken |= {str(entry["id"]) for entry in _entries(history) if entry.get("state") == "accepted"}
+    for name in sorted(taken):
+        if history.outcomes.get(name) not in FINAL_COMMAND_STATES:
+            yield f"{name} was accepted and has no outcome: {history.outcomes.get(name)}"
+
+
+def _entries(history: History) -> list[dict[str, Any]]:
+    found = []
+    for line in history.audit:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue  # the chain's rule says so
+        if isinstance(entry, dict):
+            found.append(entry)
+    return found

@@ -1,0 +1,74 @@
+"""A thousand histories of real code in simulated time, each with its own operators, commands and faults, all judged.
+
+A failure names its seed; `python tests/histories/soak.py --simulated SEED` lives through it again and tells its story.
+"""
+
+import logging
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from simulated_history import Lived, default_directory, live
+
+from trainctl.trainer import control
+from trainctl.trainer.boundary import Armed
+
+COUNT = 1000
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    logging.disable(logging.CRITICAL)  # what is told in the log is not what is looked at, thousands of times
+    with tempfile.TemporaryDirectory(dir=default_directory()) as made:
+        yield Path(made)
+    logging.disable(logging.NOTSET)
+
+
+def told(lived: Lived) -> str:
+    again = f"again, with its story: python tests/histories/soak.py --simulated {lived.seed}"
+    return "\n".join([f"seed {lived.seed}", *lived.problems, again])
+
+
+def test_no_command_is_half_applied_lost_or_lied_about(directory: Path) -> None:
+    states: Counter[str] = Counter()
+    applied = 0
+    for seed in range(COUNT):
+        lived = live(seed, directory)
+        assert not lived.problems, told(lived)
+        states.update(lived.states)
+        applied += lived.applied
+    assert applied > COUNT, "and a good part of the commands came through"
+    assert states.keys() >= {"applied", "rejected", "expired", "failed", "unknown"}, "every kind of outcome is met"
+
+
+def test_one_seed_is_one_history(directory: Path) -> None:
+    first, again = live(7, directory), live(7, directory)
+    assert first.story
+    assert first.story == again.story
+
+
+def _unfaithful(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    if kind == "a rank leaves its boundary when its patience is over":
+
+        def going(self: control.Control, armed: Armed) -> bool:
+            return bool(armed.going())
+
+        monkeypatch.setattr(control.Control, "going", going)
+    else:
+        honest = control.answer
+
+        def never_late(step: int, *, completed: int, held_at: int | None, refusal: str | None) -> object:
+            return honest(step, completed=min(completed, step - 1), held_at=held_at, refusal=refusal)
+
+        monkeypatch.setattr(control, "answer", never_late)
+
+
+@pytest.mark.parametrize("kind", ["a rank leaves its boundary when its patience is over", "a rank is never late"])
+def test_a_protocol_with_a_fault_in_it_is_found_out(
+    kind: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _unfaithful(monkeypatch, kind)
+    found = next((lived for lived in (live(seed, directory) for seed in range(200)) if lived.problems), None)
+    assert found is not None, "the histories are too tame to see anything"

@@ -1,0 +1,374 @@
+"""Commands through a real hub: one outcome each, written down before it is accepted."""
+
+import asyncio
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from hub_double import Rank, first_reply, following, hub_running, peer_of, rank_linked, request, snapshot
+
+from trainctl.store.audit import verify_audit
+from trainctl.store.replay import load_record
+from trainctl.wire.commands import (
+    AddNote,
+    Cancel,
+    CheckpointPin,
+    CheckpointSave,
+    Evaluate,
+    LrScale,
+    LrSet,
+    Pause,
+    Resume,
+    Rollback,
+    SetTunable,
+    Stop,
+)
+from trainctl.wire.manifest import Manifest, ManifestFile, hash_file, write_manifest
+from trainctl.wire.messages import (
+    Anomaly,
+    AuditLines,
+    AuditRequest,
+    CommandQuery,
+    CommandReply,
+    CommandRequest,
+    CommandUpdate,
+    Envelope,
+    LinkCancel,
+    LinkCommand,
+    Note,
+    Reply,
+    Snapshot,
+    SnapshotRequest,
+    Verified,
+    VerifyRequest,
+)
+from trainctl.wire.peer import Peer, Refused
+from waiting import until
+
+
+async def ask(peer: Peer, asked: CommandRequest, into: "asyncio.Queue[CommandUpdate]") -> None:
+    async for reply in peer.replies(asked, timeout_s=10.0):
+        assert isinstance(reply, CommandReply)
+        into.put_nowait(reply.update)
+
+
+async def heard_by(rank: Rank, wanted: type) -> object:
+    return await asyncio.to_thread(rank.hear, wanted)
+
+
+def checkpoint(run_dir: Path, step: int) -> str:
+    name = f"step-{step:08d}-1"
+    directory = run_dir / "checkpoints" / name
+    directory.mkdir(parents=True)
+    (directory / "model.bin").write_bytes(os.urandom(1000))
+    size, digest = hash_file(directory / "model.bin")
+    file = ManifestFile(name="model.bin", bytes=size, sha256=digest)
+    made = Manifest(
+        id=name, run="demo", step=step, incarnation=1, attempt=1, world_size=2, time=float(step), files=[file]
+    )
+    write_manifest(directory, made)
+    return name
+
+
+def audited(run_dir: Path) -> list[tuple[str, str]]:
+    lines = (run_dir / "audit.jsonl").read_text().splitlines()
+    return [(entry["id"], entry["state"]) for entry in map(json.loads, lines)]
+
+
+def test_a_command_goes_to_rank_0_and_its_outcome_to_whoever_asked(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with hub_running(tmp_path / "run") as hub, rank_linked(tmp_path / "run") as rank:
+            rank.step(5)
+            async with peer_of(hub.card()) as peer, following(peer) as heard:
+                said: asyncio.Queue[CommandUpdate] = asyncio.Queue()
+                asking = asyncio.create_task(ask(peer, request(LrScale(factor=0.5), "c1"), said))
+                given = await heard_by(rank, LinkCommand)
+                assert isinstance(given, LinkCommand)
+                assert given.command.action == LrScale(factor=0.5)
+                assert audited(tmp_path / "run") == [("c1", "accepted")], "written down before rank 0 hears of it"
+                rank.answer(given, "scheduled")
+                rank.answer(given, "applied", before=1.0, after=0.5, ranks=2)
+                states = [(await asyncio.wait_for(said.get(), 10)).state for _ in range(3)]
+                assert states == ["accepted", "scheduled", "applied"]
+                await heard.until(
+                    lambda item: (
+                        isinstance(item, Envelope) and isinstance(item.body, CommandUpdate) and item.body.after == 0.5
+                    )
+                )
+                asking.cancel()
+                again = await first_reply(peer, request(LrScale(factor=0.5), "c1"))
+                assert (again.state, again.after, again.step) == ("applied", 0.5, 7), "a repeat gets the first outcome"
+                assert (await peer.ask(CommandQuery(req=0, id="c1"), CommandReply)).update == again
+                with pytest.raises(Refused, match="no command has the id"):
+                    await peer.ask(CommandQuery(req=0, id="c2"), CommandReply)
+            rank.bye()
+        assert audited(tmp_path / "run") == [("c1", "accepted"), ("c1", "applied")]
+        assert verify_audit(tmp_path / "run" / "audit.jsonl") is None
+
+    asyncio.run(scenario())
+
+
+def test_what_cannot_be_meant_or_done_is_rejected_with_the_reason(tmp_path: Path) -> None:
+    cases = [
+        (LrSet(value=float("inf")), {}, "finite"),
+        (LrScale(factor=0.5), {"condition": "loss <"}, "condition cannot be read"),
+        (SetTunable(name="clip", value=99.0), {}, "out of range: it is at least 0.1 and at most 10"),
+        (SetTunable(name="clip", value="high"), {}, "is a float"),
+        (SetTunable(name="dropout", value=0.1), {}, "there are: clip"),
+        (Evaluate(), {}, "no on_eval was given"),
+        (Rollback(target="12"), {}, "there is no checkpoint 12"),
+        (CheckpointPin(checkpoint="x"), {}, "there is no checkpoint x"),
+        (Cancel(command="nope"), {}, "no command has the id nope"),
+        (Pause(), {"revert_after": 5}, "cannot revert"),
+    ]
+
+    async def scenario() -> None:
+        with hub_running(tmp_path / "run") as hub, rank_linked(tmp_path / "run") as rank:
+            rank.step(5)
+            async with peer_of(hub.card()) as peer:
+                for number, (action, more, words) in enumerate(cases):
+                    update = await first_reply(peer, request(action, f"bad-{number}", **more))
+                    assert (update.state, words in str(update.reason)) == ("rejected", True), update
+
+    asyncio.run(scenario())
+
+
+def test_without_rank_0_and_after_the_end_nothing_is_accepted(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with hub_running(tmp_path / "run") as hub:
+            async with peer_of(hub.card()) as peer:
+                early = await first_reply(peer, request(Pause(), "early"))
+                assert (early.state, "not connected" in str(early.reason)) == ("rejected", True)
+                with rank_linked(tmp_path / "run") as rank:
+                    rank.bye("finished")
+                    update = await first_reply(peer, request(Stop(), "late"))
+                    while "not connected" in str(update.reason):  # the goodbye may still be on its way
+                        update = await first_reply(peer, request(Stop(), f"late-{time.monotonic_ns()}"))
+                    assert (update.state, "the run is finished" in str(update.reason)) == ("rejected", True)
+
+    asyncio.run(scenario())
+
+
+def test_a_pending_command_of_a_rank_0_that_is_gone_is_unknown(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with hub_running(tmp_path / "run") as hub:
+            async with peer_of(hub.card()) as peer:
+                with rank_linked(tmp_path / "run") as rank:
+                    rank.step(5)
+                    said: asyncio.Queue[CommandUpdate] = asyncio.Queue()
+                    asking = asyncio.create_task(ask(peer, request(Pause(), "c1"), said))
+                    await heard_by(rank, LinkCommand)
+                    assert [update.id for update in (await snapshot(peer)).commands] == ["c1"]
+                states = [(await asyncio.wait_for(said.get(), 10)).state for _ in range(2)]
+                assert states == ["accepted", "unknown"]
+                assert (await snapshot(peer)).commands == []
+                asking.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_what_was_never_scheduled_when_the_run_ended_was_not_applied(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with hub_running(tmp_path / "run") as hub, rank_linked(tmp_path / "run") as rank:
+            rank.step(5)
+            async with peer_of(hub.card()) as peer:
+                said: asyncio.Queue[CommandUpdate] = asyncio.Queue()
+                asking = asyncio.create_task(ask(peer, request(Pause(), "c1"), said))
+                await heard_by(rank, LinkCommand)
+                rank.bye("finished")
+                states = [(await asyncio.wait_for(said.get(), 10)).state for _ in range(2)]
+                assert states == ["accepted", "expired"]
+                asking.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_an_accepted_command_outlives_the_hub_and_is_handed_over_again(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with hub_running(tmp_path / "run") as hub, rank_linked(tmp_path / "run") as rank:
+            rank.step(5)
+            async with peer_of(hub.card()) as peer:
+                assert (await first_reply(peer, request(LrScale(factor=0.5), "c1", revert_after=9))).state == "accepted"
+            await heard_by(rank, LinkCommand)
+            hub.kill()
+        with hub_running(tmp_path / "run") as hub, rank_linked(tmp_path / "run") as rank:
+            again = await heard_by(rank, LinkCommand)
+            assert isinstance(again, LinkCommand)
+            assert (again.command.id, again.command.revert_after) == ("c1", 9)
+            async with peer_of(hub.card()) as peer:
+                said: asyncio.Queue[CommandUpdate] = asyncio.Queue()
+                asking = asyncio.create_task(ask(peer, request(LrScale(factor=0.5), "c1"), said))
+                assert (await asyncio.wait_for(said.get(), 10)).state == "accepted"
+                rank.answer(again, "applied")
+                assert (await asyncio.wait_for(said.get(), 10)).state == "applied"
+                asking.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_expiry_and_cancel_ask_rank_0_to_withdraw(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with hub_running(tmp_path / "run") as hub, rank_linked(tmp_path / "run") as rank:
+            rank.step(5)
+            async with peer_of(hub.card()) as peer:
+                await first_reply(peer, request(Pause(), "soon", expires_s=0.1))
+                soon = await heard_by(rank, LinkCommand)
+                assert isinstance(soon, LinkCommand)
+                assert await heard_by(rank, LinkCancel) == LinkCancel(id="soon", actor="hub")
+                rank.answer(soon, "expired", reason="not scheduled in time")
+
+                await first_reply(peer, request(Resume(), "later"))
+                later = await heard_by(rank, LinkCommand)
+                assert isinstance(later, LinkCommand)
+                said: asyncio.Queue[CommandUpdate] = asyncio.Queue()
+                asking = asyncio.create_task(ask(peer, request(Cancel(command="later"), "take-back"), said))
+                cancel = await heard_by(rank, LinkCancel)
+                assert isinstance(cancel, LinkCancel)
+                assert cancel.id == "later"
+                rank.answer(later, "rejected", reason=f"cancelled by {cancel.actor}")
+                states = [(await asyncio.wait_for(said.get(), 10)).state for _ in range(2)]
+                assert states == ["accepted", "applied"]
+                asking.cancel()
+
+    asyncio.run(scenario())
+
+
+def test_a_newer_setting_supersedes_the_one_that_waits_and_nothing_follows_a_stop(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with hub_running(tmp_path / "run") as hub, rank_linked(tmp_path / "run") as rank:
+            rank.step(5)
+            async with peer_of(hub.card()) as peer:
+                assert (
+                    await first_reply(peer, request(SetTunable(name="clip", value=2.0), "first"))
+                ).state == "accepted"
+                first = await heard_by(rank, LinkCommand)
+                assert isinstance(first, LinkCommand)
+                assert (
+                    await first_reply(peer, request(SetTunable(name="clip", value=3.0), "second"))
+                ).state == "accepted"
+                cancel = await heard_by(rank, LinkCancel)
+                assert isinstance(cancel, LinkCancel)
+                assert (cancel.id, cancel.superseded_by) == ("first", "second")
+                rank.answer(first, "superseded", reason="second took its place")
+                assert (await first_reply(peer, request(Stop(), "stop"))).state == "accepted"
+                refused = await first_reply(peer, request(Pause(), "too-late"))
+                assert (refused.state, "the run is ending" in str(refused.reason)) == ("conflict", True)
+
+    asyncio.run(scenario())
+
+
+def test_notes_pins_and_verification_need_no_rank(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    good, bad = checkpoint(run_dir, 10), checkpoint(run_dir, 20)
+    data = bytearray((run_dir / "checkpoints" / bad / "model.bin").read_bytes())
+    data[500] ^= 1
+    (run_dir / "checkpoints" / bad / "model.bin").write_bytes(data)
+
+    async def scenario() -> None:
+        with hub_running(run_dir) as hub:
+            async with peer_of(hub.card()) as peer, following(peer) as heard:
+                assert (await first_reply(peer, request(AddNote(text="hm"), "n1"))).state == "accepted"
+                await heard.until(
+                    lambda item: isinstance(item, Envelope) and isinstance(item.body, Note) and item.body.text == "hm"
+                )
+                await first_reply(peer, request(CheckpointPin(checkpoint=good), "p1"))
+                assert (await peer.ask(VerifyRequest(req=0, id="10"), Verified)).ok
+                damaged = await peer.ask(VerifyRequest(req=0, id=bad), Verified)
+                assert (damaged.ok, "is damaged" in damaged.text) == (False, True)
+                found = await snapshot(peer)
+                assert [(info.step, info.pinned, info.verified) for info in found.checkpoints] == [
+                    (10, True, True),
+                    (20, False, False),
+                ]
+                with pytest.raises(Refused, match="no checkpoint"):
+                    await peer.ask(VerifyRequest(req=0, id="../../etc"), Verified)
+                lines = (await peer.ask(AuditRequest(req=0), AuditLines)).lines
+                assert {json.loads(line)["id"] for line in lines} == {"n1", "p1"}
+
+    asyncio.run(scenario())
+
+
+def test_a_log_that_cannot_be_written_leaves_only_stop_and_save(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+
+    async def scenario() -> None:
+        with hub_running(run_dir) as hub, rank_linked(run_dir) as rank:
+            (run_dir / "audit.jsonl").mkdir()  # refuses writing to root too, as no mode does
+            rank.step(5)
+            async with peer_of(hub.card()) as peer:
+                refused = await first_reply(peer, request(Pause(), "c1"))
+                assert (refused.state, "audit log cannot be written" in str(refused.reason)) == ("rejected", True)
+                assert (await first_reply(peer, request(CheckpointSave(), "c2"))).state == "accepted"
+                assert isinstance(await heard_by(rank, LinkCommand), LinkCommand)
+                told = [event for event in (await snapshot(peer)).events if isinstance(event, Anomaly)]
+                assert [event.what for event in told] == ["audit"]
+
+    asyncio.run(scenario())
+
+
+def test_a_run_directory_that_cannot_be_written_costs_the_record_and_nothing_else(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.write_text("not a directory: refuses root too, as no mode does")
+
+    async def scenario() -> None:
+        with hub_running(run_dir) as hub, rank_linked(run_dir) as rank:
+            rank.step(5)
+            async with peer_of(hub.card()) as peer:
+                found: Reply = await peer.ask(SnapshotRequest(req=0), Snapshot)
+                assert isinstance(found, Snapshot)
+                told = [event for event in found.events if isinstance(event, Anomaly)]
+                assert [event.what for event in told] == ["journal"]
+                assert "training goes on" in told[0].text
+                assert (await first_reply(peer, request(Pause(), "c1"))).state == "rejected"
+                assert (await first_reply(peer, request(Stop(), "c2"))).state == "accepted"
+                run_dir.unlink()  # made writable: everything so far is written after all
+                rank.record(update_of_nothing())
+
+                async with following(peer) as heard:
+                    await heard.until(
+                        lambda item: (
+                            isinstance(item, Envelope)
+                            and isinstance(item.body, Anomaly)
+                            and item.body.severity == "good"
+                        ),
+                        timeout_s=15,
+                    )
+            rank.bye()
+        record = load_record(run_dir)
+        assert any(isinstance(event, Note) and event.text == "kept" for event in record.events)
+
+    asyncio.run(scenario())
+
+
+def test_a_run_directory_that_is_deleted_is_made_anew_and_the_loss_is_told(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+
+    async def scenario() -> None:
+        with hub_running(run_dir) as hub, rank_linked(run_dir) as rank:
+            rank.step(5)
+            async with peer_of(hub.card()) as peer, following(peer) as heard:
+                await asyncio.to_thread(shutil.rmtree, run_dir)
+                for severity in ("error", "good"):
+                    told = await heard.until(
+                        lambda item, severity=severity: (
+                            isinstance(item, Envelope)
+                            and isinstance(item.body, Anomaly)
+                            and item.body.severity == severity
+                        ),
+                        timeout_s=15,
+                    )
+                assert isinstance(told, Envelope)
+                assert "2 messages are missing" in told.body.text  # type: ignore[union-attr]
+            rank.record(update_of_nothing())
+            await asyncio.to_thread(
+                until, lambda: any(isinstance(event, Note) for event in load_record(run_dir).events)
+            )
+
+    asyncio.run(scenario())
+
+
+def update_of_nothing() -> Note:
+    return Note(time=1.0, step=5, incarnation=1, actor="ann", text="kept")

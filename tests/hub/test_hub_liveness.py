@@ -1,0 +1,271 @@
+"""Who is dead and who is stuck, on a clock of the test's own; and a real hub that hears of it."""
+
+import asyncio
+import itertools
+from pathlib import Path
+
+import hub_double
+import msgspec
+import pytest
+from hub_double import Rank, following, hub_running, peer_of, rank_linked, snapshot_when
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainctl.hub.liveness import AT_LEAST_S, Finding, Liveness
+from trainctl.wire.messages import Envelope, ProcessReading, RankChanged, RankFigures, RankPlace, Ranks
+
+PLACES = [RankPlace(rank=rank, node="n", pid=100 + rank) for rank in range(2)]
+
+
+def figures(
+    rank: int, at: float, step: int, phase: str | None = None, since: float | None = None, state: str = "running"
+) -> RankFigures:
+    return RankFigures(
+        rank=rank, node="n", pid=100 + rank, state=state, step=step, time=at, phase=phase, phase_since=since
+    )
+
+
+class Told:
+    """A job on a clock that starts at 0: every second the ranks report, rank 0 relays, the hub looks."""
+
+    def __init__(self, total_steps: int | None = None) -> None:
+        self.liveness = Liveness(PLACES, 0.0, total_steps=total_steps)
+        self.now = 0.0
+        self.step = 0
+        self.found: list[tuple[float, Finding]] = []
+
+    def second(self, *reports: RankFigures, relay: bool = True, brings: bool = True) -> None:
+        self.now += 1.0
+        self.step += 1
+        found: list[Finding] = []
+        if relay:
+            self.liveness.relay(self.now)
+        if relay and brings:
+            found += self.liveness.figures(reports, self.now)
+        self.found += [(self.now, finding) for finding in [*found, *self.liveness.tick(self.now)]]
+
+    def well(self, seconds: int = 1, **more: object) -> None:
+        for _ in range(seconds):
+            at = self.now + 1.0
+            reports = [figures(rank, at, self.step + 1, "backward", at - 0.01) for rank in range(2)]
+            self.second(*reports, **more)  # type: ignore[arg-type]
+
+    @property
+    def news(self) -> list[tuple[int, str]]:
+        return [(finding.rank, finding.state) for _, finding in self.found]
+
+
+def test_ranks_that_step_are_left_in_peace() -> None:
+    told = Told()
+    told.well(60)
+    assert told.news == []
+
+
+def test_a_rank_of_which_nothing_is_heard_is_stuck_where_it_was_and_goes_on_later() -> None:
+    told = Told()
+    told.well(20)
+    last = figures(1, told.now, 20, "backward", told.now - 0.01)
+    for _ in range(12):
+        told.second(figures(0, told.now + 1.0, told.step + 1), last)
+    ((at, finding),) = told.found
+    assert at - 20.0 <= 10.0
+    assert (finding.rank, finding.state, finding.step, finding.severity) == (1, "stuck", 20, "warning")
+    assert "nothing was heard of it for" in finding.text
+    assert "after step 20 in backward" in finding.text
+    assert told.liveness.state_of(1) == "stuck"
+    told.well(2)
+    assert told.news == [(1, "stuck"), (1, "running")]
+    assert told.liveness.state_of(1) is None
+
+
+def test_a_rank_that_stays_in_a_phase_is_stuck_in_it() -> None:
+    told = Told()
+    told.well(20)
+    for _ in range(12):
+        waiting = figures(1, told.now + 1.0, 20, "communication", 20.0)
+        told.second(figures(0, told.now + 1.0, told.step + 1, "data", told.now + 0.9), waiting)
+    ((at, finding),) = told.found
+    assert at - 20.0 <= 10.0
+    assert finding.text.startswith("in communication for")
+    assert finding.text.endswith("after step 20")
+
+
+def test_a_phase_that_usually_takes_long_may() -> None:
+    told = Told()
+    told.well(5)
+    for step in range(6, 12):
+        began = told.now
+        for _ in range(6):
+            told.second(*(figures(rank, told.now + 1.0, step, "forward", began) for rank in range(2)))
+    assert told.news == []
+    began = told.now
+    for _ in range(24):
+        told.second(*(figures(rank, told.now + 1.0, 12, "forward", began) for rank in range(2)))
+    assert told.news == [], "five times six seconds are not over"
+    for _ in range(10):
+        told.second(*(figures(rank, told.now + 1.0, 12, "forward", began) for rank in range(2)))
+    assert told.news == [(0, "stuck"), (1, "stuck")]
+    assert "usually" in told.found[0][1].text
+
+
+def test_without_phases_the_step_that_does_not_come_tells() -> None:
+    told = Told()
+    told.well(10)
+    for _ in range(12):
+        told.second(*(figures(rank, told.now + 1.0, 10) for rank in range(2)))
+    assert told.news == [(0, "stuck"), (1, "stuck")]
+    assert "no step for" in told.found[0][1].text
+
+
+@pytest.mark.parametrize("state", ["paused", "starting", "evaluating", "checkpointing"])
+def test_who_is_held_or_busy_is_not_stuck(state: str) -> None:
+    told = Told()
+    told.well(10)
+    for _ in range(60):
+        told.second(*(figures(rank, told.now + 1.0, 10, "eval", 10.0, state) for rank in range(2)))
+    assert told.news == []
+
+
+def test_after_the_last_step_no_other_is_due() -> None:
+    told = Told(total_steps=10)
+    told.well(10)
+    for _ in range(60):
+        told.second(*(figures(rank, told.now + 1.0, 10) for rank in range(2)))
+    assert told.news == []
+
+
+def test_where_rank_0_is_not_heard_it_alone_is_named() -> None:
+    told = Told()
+    told.well(20)
+    for _ in range(30):
+        told.second(relay=False)
+    assert told.news == [(0, "stuck")]
+
+
+def test_where_nobodys_figures_come_the_store_is_silent_and_no_rank_is_blamed() -> None:
+    told = Told()
+    told.well(20)
+    for _ in range(30):
+        told.second(brings=False)
+    assert told.news == []
+    assert told.liveness.store_silent
+    told.well(2)
+    assert not told.liveness.store_silent
+
+
+def test_time_in_which_the_hub_stood_still_counts_for_nothing() -> None:
+    told = Told()
+    told.well(20)
+    told.now += 3600.0
+    told.second(relay=False)
+    told.well(3)
+    assert told.news == []
+
+
+def test_what_rank_0_sends_again_is_no_sign_of_life() -> None:
+    told = Told()
+    told.well(20)
+    old = [figures(1, at, 5) for at in (3.0, 4.0, 5.0)]
+    for _ in range(12):
+        told.second(figures(0, told.now + 1.0, told.step + 1), *old)
+    assert told.news == [(1, "stuck")]
+
+
+class TestProcesses:
+    def see(self, liveness: Liveness, **alive: bool) -> list[Finding]:
+        readings = [
+            ProcessReading(
+                pid=int(pid[1:]),
+                rank=int(pid[1:]) - 100,
+                run_id="r",
+                alive=lives,
+                ended=None if lives else "killed by SIGKILL",
+            )
+            for pid, lives in alive.items()
+        ]
+        return liveness.processes("n", readings, "r")
+
+    def test_a_dead_rank_is_told_once(self) -> None:
+        liveness = Liveness(PLACES, 0.0)
+        assert self.see(liveness, p100=True, p101=True) == []
+        (finding,) = self.see(liveness, p100=True, p101=False)
+        assert (finding.rank, finding.state, finding.severity) == (1, "dead", "error")
+        assert finding.text.startswith("pid 101 killed by SIGKILL")
+        assert self.see(liveness, p100=True, p101=False) == []
+
+    def test_a_rank_that_ended_well_is_neither_dead_nor_stuck(self) -> None:
+        liveness = Liveness(PLACES, 0.0)
+        self.see(liveness, p100=True, p101=True)
+        assert self.see(liveness, p100=True) == []
+        for second in range(1, 60):
+            liveness.relay(float(second))
+            liveness.figures([figures(0, float(second), second)], float(second))
+            assert liveness.tick(float(second)) == []
+
+    def test_ranks_of_other_runs_and_earlier_attempts_are_none_of_ours(self) -> None:
+        liveness = Liveness(PLACES, 0.0)
+        assert self.see(liveness, p77=False) == []
+        other = ProcessReading(pid=101, rank=1, run_id="another", alive=False)
+        assert liveness.processes("n", [other], "r") == []
+        assert liveness.processes("m", [ProcessReading(pid=101, rank=1, run_id="r", alive=False)], "r") == []
+
+
+@given(
+    reports=st.floats(0.0, 0.99), relays=st.floats(0.0, 0.99), looks=st.floats(0.0, 0.99), stops=st.floats(20.0, 21.0)
+)
+def test_whatever_second_it_stops_in_a_rank_is_named_within_ten(
+    reports: float, relays: float, looks: float, stops: float
+) -> None:
+    """Each part of the way works once a second, at a moment of its own."""
+    liveness = Liveness(PLACES, 0.0)
+    happenings = [
+        (second + offset, what) for second in range(40) for what, offset in enumerate((reports, relays, looks))
+    ]
+    newest = figures(1, 0.0, 0)
+    for now, what in sorted(happenings):
+        if what == 0 and now < stops:
+            newest = figures(1, now, int(now), "backward", now)
+        elif what == 1:
+            liveness.relay(now)
+            liveness.figures([figures(0, now, int(now)), newest], now)
+        elif what == 2 and [finding for finding in liveness.tick(now) if finding.rank == 1]:
+            assert now > stops
+            assert AT_LEAST_S - 1.0 < now - stops <= 10.0
+            return
+    raise AssertionError("never told")
+
+
+def test_a_real_hub_tells_of_a_silent_rank_and_shows_it_in_everybodys_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, unplaced = tmp_path / "run", hub_double.info
+    monkeypatch.setattr(
+        hub_double, "info", lambda *given, **more: msgspec.structs.replace(unplaced(*given, **more), ranks=PLACES)
+    )
+
+    async def rank_0_goes_on(rank: Rank) -> None:
+        for second in itertools.count(1):
+            rank.step(second)
+            silent = figures(1, min(second, 3.0), min(second, 3), "backward", min(second, 3) - 0.1)
+            rank.record(Ranks(incarnation=1, ranks=[figures(0, float(second), second), silent]))
+            await asyncio.sleep(1.0)
+
+    async def scenario() -> None:
+        with hub_running(run_dir) as hub, rank_linked(run_dir) as rank:
+            async with peer_of(hub.card()) as peer, following(peer) as heard:
+                going_on = asyncio.create_task(rank_0_goes_on(rank))
+                try:
+                    item = await heard.until(
+                        lambda item: isinstance(item, Envelope) and isinstance(item.body, RankChanged), 30
+                    )
+                    assert isinstance(item, Envelope)
+                    event = item.body
+                    assert isinstance(event, RankChanged)
+                    assert (event.rank, event.state, event.step) == (1, "stuck", 3)
+                    found = await snapshot_when(peer, lambda snapshot: snapshot.ranks[1].state != "running")
+                    assert [shown.state for shown in found.ranks] == ["running", "stuck"]
+                finally:
+                    going_on.cancel()
+                    await asyncio.gather(going_on, return_exceptions=True)
+
+    asyncio.run(scenario())

@@ -1,0 +1,203 @@
+"""`abort --now` and `restart` at a real hub, with a real agent and real processes that pose as ranks."""
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from pathlib import Path
+
+import hub_double
+import msgspec
+import pytest
+from hub_double import RUN, hub_running, peer_of, rank_linked, request, snapshot, snapshot_when
+
+from trainctl.wire.cards import read_cards
+from trainctl.wire.commands import FINAL_COMMAND_STATES, Abort, Action, EndRanks, Restart
+from trainctl.wire.launcher import announce, find_launcher, take_request, withdraw
+from trainctl.wire.messages import CommandReply, CommandUpdate, LinkAgents, RankPlace, SourceAddress
+from trainctl.wire.peer import Peer
+from trainctl.wire.places import Place, process_started, write_place
+from waiting import until
+
+
+@contextmanager
+def two_ranks(monkeypatch: pytest.MonkeyPatch, *, known: int = 2) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Two processes that the run names as its ranks, of which the agent can know the first `known`."""
+    processes = [subprocess.Popen(["sleep", "600"]) for _ in range(2)]
+    node = subprocess.check_output(["uname", "-n"], text=True).strip()
+    for rank, process in enumerate(processes[:known]):
+        began = process_started(process.pid)
+        write_place(
+            Place(run_id=RUN, run="demo", rank=rank, local_rank=rank, pid=process.pid, started=began, attempt=1)
+        )
+    places = [RankPlace(rank=rank, node=node, pid=process.pid) for rank, process in enumerate(processes)]
+    unplaced = hub_double.info
+    monkeypatch.setattr(
+        hub_double, "info", lambda *given, **more: msgspec.structs.replace(unplaced(*given, **more), ranks=places)
+    )
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(10)
+
+
+@contextmanager
+def node_agent() -> Iterator[SourceAddress]:
+    command = [sys.executable, "-P", "-m", "trainctl.agent", "--job", RUN, "--interval", "0.2", "--no-gpus"]
+    process = subprocess.Popen([*command, "--bind", "127.0.0.1"], stderr=subprocess.DEVNULL)
+    try:
+        card = until(lambda: next((card for card in read_cards() if card.pid == process.pid), None), 15)
+        assert card is not None
+        yield SourceAddress(node=card.host, addresses=card.addresses, server_key=card.server_key, source=card.source)
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+@asynccontextmanager
+async def hub_with(tmp_path: Path, agent: SourceAddress | None) -> AsyncIterator[Peer]:
+    run_dir = tmp_path / "run"
+    with hub_running(run_dir) as hub, rank_linked(run_dir) as rank:
+        rank.step(7)
+        if agent is not None:
+            rank.say(LinkAgents(agents=[agent]))
+        async with peer_of(hub.card()) as peer:
+            if agent is not None:
+                await snapshot_when(peer, lambda found: found.nodes and found.state.state == "running")
+            yield peer
+
+
+async def outcome(peer: Peer, action: Action, **more: object) -> CommandUpdate:
+    async for reply in peer.replies(request(action, "c-1", **more), timeout_s=30.0):
+        assert isinstance(reply, CommandReply)
+        if reply.update.state in FINAL_COMMAND_STATES:
+            return reply.update
+    raise AssertionError("no outcome")
+
+
+def test_every_rank_is_ended_and_the_run_is_stopped_by_who_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(agent: SourceAddress, ranks: list[subprocess.Popen[bytes]]) -> None:
+        async with hub_with(tmp_path, agent) as peer:
+            update = await outcome(peer, Abort(now=True))
+            assert (update.state, update.ranks, update.after) == ("applied", 2, f"2 ranks on {agent.node}")
+            assert [rank.wait(5) for rank in ranks] == [-15, -15]
+            state = (await snapshot(peer)).state
+            assert (state.state, state.reason) == ("stopped", f"aborted by {update.actor}")
+            again = await outcome(peer, Abort(now=True))
+            assert again == update, "the same id is the same command"
+
+    with two_ranks(monkeypatch) as ranks, node_agent() as agent:
+        asyncio.run(scenario(agent, ranks))
+
+
+def test_a_rank_that_the_agent_does_not_know_is_left_alone_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(agent: SourceAddress, ranks: list[subprocess.Popen[bytes]]) -> None:
+        async with hub_with(tmp_path, agent) as peer:
+            update = await outcome(peer, Abort(now=True))
+            assert (update.state, update.ranks) == ("failed", 1)
+            assert update.reason is not None
+            assert f"rank 1 (pid {ranks[1].pid}) is not known to the agent" in update.reason
+            assert ranks[0].wait(5) == -15
+            assert ranks[1].poll() is None
+
+    with two_ranks(monkeypatch, known=1) as ranks, node_agent() as agent:
+        asyncio.run(scenario(agent, ranks))
+
+
+def test_without_an_agent_nothing_is_ended_though_the_ranks_are_on_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(ranks: list[subprocess.Popen[bytes]]) -> None:
+        async with hub_with(tmp_path, None) as peer:
+            update = await outcome(peer, Abort(now=True))
+            assert update.state == "failed"
+            assert update.reason is not None
+            assert "its agent does not answer" in update.reason
+            assert "nothing was changed" in update.reason
+            assert [rank.poll() for rank in ranks] == [None, None]
+            assert (await snapshot(peer)).state.state != "stopped"
+
+    with two_ranks(monkeypatch) as ranks:
+        asyncio.run(scenario(ranks))
+
+
+def test_a_restart_tells_the_launcher_first_and_waits_for_the_next_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+
+    async def scenario(agent: SourceAddress, ranks: list[subprocess.Popen[bytes]]) -> None:
+        async with hub_with(tmp_path, agent) as peer:
+            refused = await peer.ask(request(Restart(), "c-0"), CommandReply)
+            assert refused.update.state == "rejected"
+            assert "nothing would start the next attempt" in (refused.update.reason or "")
+            launcher = announce(run_dir)
+            assert find_launcher(run_dir) == launcher
+            asking = asyncio.create_task(outcome(peer, Restart()))
+            taken = await asyncio.to_thread(until, lambda: take_request(run_dir), 10)
+            assert taken is not None
+            assert (taken.what, taken.target, taken.command, taken.attempt) == ("restart", "last", "c-1", 1)
+            update = await asking
+            assert (update.state, update.ranks) == ("applied", 2)
+            state = (await snapshot(peer)).state
+            assert (state.state, state.reason) == ("starting", f"restarting from last by {update.actor}")
+            with rank_linked(run_dir, attempt=2) as second:
+                second.step(1, attempt=2)
+                found = await snapshot_when(peer, lambda found: found.state.state == "running")
+                assert (found.state.attempt, found.info.id) == (2, RUN)
+            withdraw(run_dir, launcher)
+            assert find_launcher(run_dir) is None
+
+    with two_ranks(monkeypatch) as ranks, node_agent() as agent:
+        asyncio.run(scenario(agent, ranks))
+
+
+def test_a_launcher_that_does_not_take_the_request_leaves_everything_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+
+    async def scenario(agent: SourceAddress, ranks: list[subprocess.Popen[bytes]]) -> None:
+        async with hub_with(tmp_path, agent) as peer:
+            announce(run_dir)
+            update = await outcome(peer, Restart())
+            assert update.state == "failed"
+            assert "did not take the request" in (update.reason or "")
+            assert [rank.poll() for rank in ranks] == [None, None]
+            assert take_request(run_dir) is None
+            assert (await snapshot(peer)).state.state == "running"
+
+    with two_ranks(monkeypatch) as ranks, node_agent() as agent:
+        asyncio.run(scenario(agent, ranks))
+
+
+@pytest.mark.parametrize(
+    ("action", "more", "why"),
+    [
+        (Abort(now=True), {"condition": "step > 5"}, "a condition is decided by rank 0 at a boundary"),
+        (EndRanks(run=RUN, attempt=1, grace_s=1.0), {}, "use abort --now or restart"),
+        (Restart(target="12"), {}, "there is no checkpoint 12"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, action: Action, more: dict[str, object], why: str
+) -> None:
+    async def scenario(ranks: list[subprocess.Popen[bytes]]) -> None:
+        async with hub_with(tmp_path, None) as peer:
+            announce(tmp_path / "run")
+            update = await outcome(peer, action, **more)
+            assert update.state == "rejected"
+            assert why in (update.reason or "")
+            assert [rank.poll() for rank in ranks] == [None, None]
+
+    with two_ranks(monkeypatch) as ranks:
+        asyncio.run(scenario(ranks))

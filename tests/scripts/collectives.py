@@ -1,0 +1,64 @@
+"""Ranks that meet in a collective each step. Told to, one of them goes into a collective that the others leave out.
+
+usage: collectives.py OUTPUT [--steps N] [--sleep S] [--checkpoint-every N]
+
+OUTPUT/alone: once it is there, rank 1 waits for the others in vain.
+"""
+
+import argparse
+import datetime as dt
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from trainctl.trainer import Run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--steps", type=int, default=100_000)
+    parser.add_argument("--sleep", type=float, default=0.05)
+    parser.add_argument("--checkpoint-every", type=int, default=5)
+    given = parser.parse_args()
+    # Long, so that whatever is noticed is noticed before it.
+    dist.init_process_group("gloo", timeout=dt.timedelta(minutes=30))
+    rank = dist.get_rank()
+    apart = dist.new_group(backend="gloo")
+    torch.manual_seed(1)
+    model = nn.parallel.DistributedDataParallel(nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    run = Run.attach(
+        "collectives",
+        model=model,
+        optimizer=optimizer,
+        total_steps=given.steps,
+        checkpoint_every=given.checkpoint_every,
+        on_rollback=lambda step: None,
+    )
+    with run, (given.output / f"rank-{rank}.jsonl").open("a") as record:
+        while run.step < given.steps and not run.stopping:
+            with run.phase("forward"):
+                loss = model(torch.randn(4, 8)).pow(2).mean()
+            if rank == 1 and (given.output / "alone").exists():
+                with run.phase("communication"):
+                    dist.all_reduce(torch.zeros(1), group=apart)
+            with run.phase("backward"):
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            run.log(loss=loss)
+            time.sleep(given.sleep)
+            run.step_done()
+            line = {"step": run.step, "attempt": run.attempt, "incarnation": run.incarnation, "pid": os.getpid()}
+            print(json.dumps(line), file=record, flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

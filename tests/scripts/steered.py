@@ -1,0 +1,76 @@
+"""Trains next to nothing, in step with the other ranks, and writes down every command as it is applied.
+
+usage: steered.py OUTPUT [--sleep S] [--steps N]
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from trainctl.trainer import Run
+from trainctl.trainer.actions import Actions, Staged
+from trainctl.trainer.agreement import Outcome, Proposal
+
+
+def record_what_is_applied(path: Path, run_of: "list[Run]") -> None:
+    """Wrap the one place where a command takes effect, so that the record does not depend on what is told."""
+    file = path.open("a", buffering=1)
+    carry_out = Actions._apply
+
+    def apply(self: Actions, proposal: Proposal, staged: Staged) -> Outcome:
+        outcome = carry_out(self, proposal, staged)
+        if outcome.ok:
+            line = {"id": proposal.command.id, "step": outcome.step, "incarnation": run_of[0].incarnation}
+            print(json.dumps(line | {"after": outcome.after, "time": time.time()}), file=file, flush=True)
+        return outcome
+
+    Actions._apply = apply  # type: ignore[method-assign]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--steps", type=int, default=1_000_000)
+    parser.add_argument("--sleep", type=float, default=0.01)
+    given = parser.parse_args()
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
+    runs: list[Run] = []
+    record_what_is_applied(given.output / f"applied-{rank}.jsonl", runs)
+    torch.manual_seed(1)
+    model: nn.Module = nn.parallel.DistributedDataParallel(nn.Linear(4, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    run = Run.attach(
+        "steered",
+        model=model,
+        optimizer=optimizer,
+        loader=DataLoader(TensorDataset(torch.randn(64, 4)), batch_size=8),
+        total_steps=given.steps,
+        on_eval=lambda: {"val_loss": 1.0},
+    )
+    runs.append(run)
+    x = run.tunable("x", 0.0)
+    with run, (given.output / f"rank-{rank}.jsonl").open("w") as record:
+        for (inputs,) in run.batches():
+            loss = model(inputs).pow(2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            run.log(loss=loss)
+            time.sleep(given.sleep)
+            step, incarnation, used = run.step + 1, run.incarnation, x.value
+            run.step_done()
+            line = {"step": step, "incarnation": incarnation, "x": used}
+            print(json.dumps(line), file=record, flush=True)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

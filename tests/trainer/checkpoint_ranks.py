@@ -1,0 +1,166 @@
+"""Run by test_checkpoint_ranks.py as one rank of two: `checkpoint_ranks.py DIRECTORY RANK WORLD_SIZE SCENARIO`."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, State
+
+directory, rank, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+
+
+def bare_model() -> nn.Sequential:
+    torch.manual_seed(3)
+    return nn.Sequential(nn.Linear(6, 17), nn.BatchNorm1d(17), nn.Dropout(0.4), nn.Linear(17, 3))
+
+
+class Training:
+    def __init__(self, model: nn.Module, group: Any, *, name: str) -> None:
+        self.model = model
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        self.value: Any = rank
+        self.checkpointer = Checkpointer(
+            directory=directory / name,
+            run_id="test",
+            rank=rank,
+            world_size=world_size,
+            group=group,
+            state=State(
+                models=[model],
+                optimizers=[self.optimizer],
+                tracked={"value": Accessor(get=lambda: self.value, set=self._set)},
+            ),
+        )
+
+    def _set(self, value: Any) -> None:
+        self.value = value
+
+    def run(self, steps: int) -> list[float]:
+        losses = []
+        for _ in range(steps):
+            loss = self.model(torch.randn(4, 6)).pow(2).mean()
+            self.optimizer.zero_grad()
+            loss.backward()
+            self.optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    def save(self, checkpoint: str) -> str | None:
+        pending = self.checkpointer.begin_save(id=checkpoint, step=2, incarnation=1, attempt=1, metrics={})
+        result = pending.result(60)
+        assert pending.done()
+        return result.error
+
+    def restore(self, checkpoint: str) -> tuple[str, ...]:
+        loaded = self.checkpointer.load(checkpoint)
+        self.checkpointer.commit(loaded)
+        loaded.restore_rng()
+        return loaded.notes
+
+
+def wrapped_in_ddp() -> nn.Module:
+    return DistributedDataParallel(bare_model())
+
+
+def sharded() -> nn.Module:
+    model = bare_model()
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world_size,))
+    for layer in (model[0], model[3]):
+        fully_shard(layer, mesh=mesh)  # type: ignore[call-overload]
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def exact(make: Callable[[], nn.Module], group: Any, name: str) -> None:
+    """Roll back in process twice, then resume into a model and an optimizer that never took a step."""
+    training = Training(make(), group, name=name)
+    torch.manual_seed(100 + rank)
+    training.run(2)
+    assert training.save("two") is None
+    expected = training.run(3)
+    for _ in range(2):
+        assert training.restore("two") == ()
+        assert training.value == rank
+        assert training.run(3) == expected
+    fresh = Training(make(), group, name=name)
+    if name == "ddp":  # its reducer rebuilds the buckets after the first step
+        fresh.run(2)
+    fresh.restore("two")
+    assert fresh.run(3) == expected
+
+
+def alike(group: Any, text: str | None) -> str:
+    """The text, once all ranks have the same."""
+    told: list[Any] = [None] * world_size
+    dist.all_gather_object(told, text, group=group)
+    assert len(set(told)) == 1, told
+    return str(text)
+
+
+def failures(group: Any) -> None:
+    """One rank's trouble is everybody's, in the same words, and the next save works."""
+    training = Training(wrapped_in_ddp(), group, name="failures")
+    training.value = object() if rank == 1 else rank
+    error = alike(group, training.save("a"))
+    assert error.startswith("rank 1: tracked.value holds a builtins.object"), error
+    training.value = rank
+    if rank == 1:
+        training.checkpointer.directory.joinpath(".b.stage", "rank-00001.pt").mkdir(parents=True)
+    assert training.save("b") is None  # rank 0 begins with an empty stage
+    before = [parameter.detach().clone() for parameter in training.model.parameters()]
+    training.run(1)
+    if rank == 0:
+        damaged = training.checkpointer.directory / "b" / "rank-00001.pt"
+        damaged.write_bytes(damaged.read_bytes()[:-1])
+    dist.barrier(group=group)
+    try:
+        training.checkpointer.load("b")
+    except CheckpointError as refused:
+        error = alike(group, str(refused))
+    assert "b/rank-00001.pt has" in error, error
+    assert not all(torch.equal(p, old) for p, old in zip(training.model.parameters(), before, strict=True))
+
+
+def lost(group: Any) -> None:
+    """A rank dies while the others wait for it: they get a result, and no checkpoint."""
+    training = Training(wrapped_in_ddp(), group, name="lost")
+    assert training.save("a") is None
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    error = str(training.save("b"))
+    assert "lost touch" in error, error
+    assert [path.name for path in training.checkpointer.directory.iterdir()] == ["a"]
+
+
+def main() -> None:
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/meeting",
+        rank=rank,
+        world_size=world_size,
+        timeout=timedelta(seconds=60),
+    )
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=60))
+    exact(wrapped_in_ddp, group, "ddp")
+    exact(sharded, group, "fsdp")
+    failures(group)
+    lost(group)
+    print("all fine", flush=True)
+    # Rank 1 is dead, so the groups cannot be taken down together.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

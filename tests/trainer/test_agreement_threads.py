@@ -1,0 +1,220 @@
+"""Leader, control threads and boundaries as they run, over one store in this process, ranks tied by a barrier."""
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from torch.distributed import HashStore
+
+from trainctl.trainer.actions import Actions, refusal
+from trainctl.trainer.agreement import Seal
+from trainctl.trainer.boundary import Boundary
+from trainctl.trainer.buffer import RowBuffer
+from trainctl.trainer.control import Control, InDoubt
+from trainctl.trainer.core import Callbacks, Core
+from trainctl.trainer.identity import RankIdentity, RunIdentity
+from trainctl.trainer.leader import Leader, Prepared
+from trainctl.trainer.meeting import Connection
+from trainctl.trainer.phases import Phases
+from trainctl.trainer.tunables import Tunables, TunableValue
+from trainctl.wire.commands import Action, Command, Pause, Resume, SetTunable, Stop
+from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand
+from waiting import until
+
+
+class Rank:
+    """One rank whose training thread does nothing but meet the others and reach boundaries."""
+
+    def __init__(self, number: int, ranks: int, store: HashStore, together: threading.Barrier, directory: Path) -> None:
+        identity = RunIdentity(
+            name="t",
+            id="t",
+            directory=directory,
+            attempt=1,
+            incarnation=1,
+            created=0.0,
+            authenticated=True,
+            problem=None,
+        )
+        self.core = Core(
+            place=RankIdentity(rank=number, world_size=ranks, local_rank=number, node="n"),
+            identity=identity,
+            total_steps=None,
+            boundary=Boundary(),
+            buffer=RowBuffer(),
+            phases=Phases(),
+            tunables=Tunables(),
+            callbacks=Callbacks(),
+        )
+        self.applied: list[tuple[int, object]] = []
+        self.core.tunables.add(TunableValue("x", 0, on_change=self._changed))
+        seal = Seal(b"secret", 1)
+        self.control = Control(
+            rank=number,
+            boundary=self.core.boundary,
+            waiting=Connection(store, "p", seal),
+            talking=Connection(store, "p", seal),
+            refusal=lambda proposal: refusal(self.core, proposal),
+        )
+        self.actions = Actions(self.core, self.control)
+        self.together = together
+        self.work = threading.Event()
+        self.free = threading.Event()
+        self.free.set()
+        self.training = threading.Thread(target=self._train, daemon=True)
+
+    def _changed(self, value: object) -> None:
+        self.applied.append((self.core.boundary.completed, value))
+
+    def _train(self) -> None:
+        boundary = self.core.boundary
+        while self.core.ending is None:
+            self.together.wait(30)
+            self.free.wait(30)
+            self.work.wait(0.001)  # what a step costs
+            boundary.completed += 1
+            if boundary.armed is not None:
+                self.actions.meet()
+        boundary.close()
+
+
+class Job:
+    def __init__(self, ranks: int, directory: Path) -> None:
+        store, together = HashStore(), threading.Barrier(ranks)
+        self.ranks = [Rank(number, ranks, store, together, directory) for number in range(ranks)]
+        self.updates: list[CommandUpdate] = []
+        self.leader = Leader(
+            world_size=ranks,
+            boundary=self.ranks[0].core.boundary,
+            connection=Connection(store, "p", Seal(b"secret", 1)),
+            prepare=lambda command: Prepared(two_phase=command.condition is not None or command.expires_s is not None),
+            tell=self.updates.append,
+            incarnation=lambda: 1,
+        )
+        for rank in self.ranks:
+            rank.control.start()
+            rank.training.start()
+        self.leader.start()
+        self._count = 0
+
+    def send(self, action: Action, condition: str | None = None, expires_s: float | None = None) -> str:
+        self._count += 1
+        command = Command(id=f"c{self._count}", action=action, condition=condition, expires_s=expires_s)
+        self.leader.submit(LinkCommand(command=command, actor="mk", accepted=0.0))
+        return command.id
+
+    def outcome(self, command: str) -> CommandUpdate:
+        def final() -> CommandUpdate | None:
+            return next((u for u in self.updates if u.id == command and u.state not in {"accepted", "scheduled"}), None)
+
+        found = until(final, 20, what=f"outcome of {command}")
+        assert found is not None
+        return found
+
+    def close(self) -> None:
+        self.outcome(self.send(Stop()))
+        self.leader.close()
+        for rank in self.ranks:
+            rank.control.leave(20)
+        for thread in (self.leader, *(r.training for r in self.ranks), *(r.control for r in self.ranks)):
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_commands_are_applied_at_one_step_on_every_rank(ranks: int, tmp_path: Path) -> None:
+    job = Job(ranks, tmp_path)
+    sent = [job.send(SetTunable(name="x", value=number)) for number in range(1, 21)]
+    outcomes = [job.outcome(command) for command in sent]
+    job.close()
+    applied = [(u.step, u.after) for u in outcomes if u.state == "applied"]
+    assert applied, "commands came through"
+    for rank in job.ranks:
+        assert rank.applied == applied, "each rank did exactly what the operator was told, at the step that was told"
+    assert {u.state for u in outcomes} <= {"applied", "failed"}
+    assert all("could not agree" in str(u.reason) for u in outcomes if u.state == "failed")
+
+
+def test_what_expired_before_its_boundary_is_never_applied(tmp_path: Path) -> None:
+    job = Job(2, tmp_path)
+    late = job.outcome(job.send(SetTunable(name="x", value=7), expires_s=1.0))  # it was accepted in 1970
+    in_time = job.outcome(job.send(SetTunable(name="x", value=8), expires_s=1e11))
+    job.close()
+    assert (late.state, in_time.state) == ("expired", "applied")
+    assert all(rank.applied == [(in_time.step, 8)] for rank in job.ranks)
+
+
+@pytest.mark.parametrize(("actor", "state"), [("hub", "expired"), ("dana", "rejected")])
+def test_what_is_scheduled_can_be_withdrawn_while_the_boundary_does_not_come(
+    actor: str, state: str, tmp_path: Path
+) -> None:
+    job = Job(2, tmp_path)
+    for rank in job.ranks:
+        rank.free.clear()  # a step that does not end
+    sent = job.send(SetTunable(name="x", value=7), expires_s=1e11)
+    until(lambda: any(update.state == "scheduled" for update in job.updates), 20, what="the command to be scheduled")
+    job.leader.submit(LinkCancel(id=sent, actor=actor))
+    assert job.outcome(sent).state == state, "told while no rank can have met the boundary"
+    for rank in job.ranks:
+        rank.free.set()
+    after = job.outcome(job.send(SetTunable(name="x", value=8)))
+    job.close()
+    assert all(rank.applied == [(after.step, 8)] for rank in job.ranks)
+
+
+def test_a_paused_run_holds_every_rank_at_one_step_and_takes_commands(tmp_path: Path) -> None:
+    job = Job(2, tmp_path)
+    paused = job.outcome(job.send(Pause()))
+    assert (paused.state, paused.after) == ("applied", "paused")
+    assert {rank.core.boundary.completed for rank in job.ranks} == {paused.step}
+    changed = job.outcome(job.send(SetTunable(name="x", value=7)))
+    assert (changed.state, changed.step) == ("applied", paused.step)
+    refused = job.outcome(job.send(Pause()))
+    assert (refused.state, refused.reason) == ("rejected", "the run is paused already")
+    assert job.outcome(job.send(Resume())).state == "applied"
+    until(lambda: job.ranks[0].core.boundary.completed > paused.step, 10)
+    job.close()
+
+
+def test_a_condition_is_decided_once_by_rank_0_for_all(tmp_path: Path) -> None:
+    job = Job(2, tmp_path)
+    refused = job.outcome(job.send(SetTunable(name="x", value=1), condition="step < 0"))
+    assert refused.state in {"rejected", "failed"}
+    assert "'step < 0' does not hold" in str(refused.reason)
+    assert job.outcome(job.send(SetTunable(name="x", value=2), condition="step >= 0")).state == "applied"
+    job.close()
+    assert [value for _, value in job.ranks[0].applied] == [2]
+    assert job.ranks[0].applied == job.ranks[1].applied
+
+
+def test_a_command_that_comes_after_the_end_is_answered(tmp_path: Path) -> None:
+    job = Job(2, tmp_path)
+    job.outcome(job.send(Stop()))
+    late = job.outcome(job.send(SetTunable(name="x", value=1)))
+    assert late.state in {"rejected", "failed"}
+    for rank in job.ranks:
+        rank.control.leave(20)
+    last = job.outcome(job.send(SetTunable(name="x", value=2)))
+    assert (last.state, last.reason) == ("rejected", "rank 0 has left its loop: there is no further boundary")
+    job.leader.close()
+
+
+def test_a_rank_whose_store_is_silent_stops_rather_than_guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trainctl.trainer import control as module
+    from trainctl.trainer.agreement import Proposal
+    from trainctl.trainer.boundary import Armed
+    from trainctl.trainer.meeting import StoreSilent
+
+    class Dead(Connection):
+        def decide(self, key: str, content: bytes) -> bytes | None:
+            raise StoreSilent("gone")
+
+    monkeypatch.setattr(module, "DOUBT_S", 0.2)
+    dead = Dead(HashStore(), "p", Seal(b"", 1))
+    control = Control(rank=0, boundary=Boundary(), waiting=dead, talking=dead, refusal=lambda proposal: None)
+    armed = Armed(Proposal(number=1, command=Command(id="c", action=Resume()), actor="mk", step=1))
+    started = time.monotonic()
+    with pytest.raises(InDoubt, match="no rank trains on with half of it"):
+        control.going(armed)
+    assert time.monotonic() - started >= 0.2

@@ -1,0 +1,112 @@
+"""From `log()` calls to rows: what belongs to a step is one row, and what is no number costs nothing but itself."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trainctl.trainer.buffer import Entry, NotANumber, Rewind, StepMark
+from trainctl.trainer.rows import NAMES_LIMIT, RowMaker
+from trainctl.wire import codec
+from trainctl.wire.messages import LinkRecord, Rows
+
+
+def logged(step: int, **values: object) -> Entry:
+    return (step, float(step), values, ())
+
+
+def mark(step: int, *, data: tuple[int, int] | None = None, mfu: float | None = None) -> Entry:
+    return StepMark(step, float(step), 0.5, 10, 4, 0.1, 0.2, data, mfu)
+
+
+def table(made: list[Rows]) -> dict[str, list[tuple[int, float]]]:
+    found: dict[str, list[tuple[int, float]]] = {}
+    for rows in made:
+        for column in rows.columns:
+            values = np.frombuffer(column.data, f"<{column.dtype}").tolist()
+            found.setdefault(column.name, []).extend(zip(rows.steps, values, strict=True))
+    return found
+
+
+def test_what_is_logged_in_one_step_is_one_row_with_the_steps_own_figures() -> None:
+    maker = RowMaker(attempt=1)
+    (rows,) = maker.feed([logged(1, loss=2.0), logged(1, acc=0.5), mark(1, data=(0, 3), mfu=0.25)])
+    assert rows.steps == [1]
+    assert table([rows]) == {
+        "loss": [(1, 2.0)], "acc": [(1, 0.5)], "step_time_s": [(1, 0.5)], "lr": [(1, 0.1)], "lr_scheduled": [(1, 0.2)],
+        "tokens_per_s": [(1, 20.0)], "samples_per_s": [(1, 8.0)], "mfu": [(1, 0.25)],
+        "data_first": [(1, 0.0)], "data_last": [(1, 3.0)],
+    }  # fmt: skip
+
+
+def test_a_row_of_a_past_step_is_told_under_that_step() -> None:
+    maker = RowMaker(attempt=1)
+    maker.feed([logged(5, loss=1.0), mark(5)])
+    (late,) = maker.feed([logged(3, val_loss=0.5)])
+    assert (late.steps, table([late])) == ([3], {"val_loss": [(3, 0.5)]})
+
+
+def test_a_rollback_ends_the_rows_of_its_branch_and_drops_the_step_in_progress() -> None:
+    maker = RowMaker(attempt=1)
+    made = maker.feed(
+        [logged(5, loss=1.0), mark(5), logged(6, loss=9.0), Rewind(3, 2, {}), logged(4, loss=2.0), mark(4)]
+    )
+    assert [(rows.incarnation, rows.steps) for rows in made] == [(1, [5]), (2, [4])]
+
+
+def test_each_bad_name_and_value_is_said_once() -> None:
+    maker = RowMaker(attempt=1)
+    for step in range(1, 4):
+        maker.feed(
+            [
+                logged(step, text="x", none=None, big=10**400, tensor=NotANumber("Tensor of shape (3,)"), ok=1),
+                mark(step),
+            ]
+        )
+        maker.feed([logged(step, **{"a\x1b[31mb": 1.0, "\x07": 2.0, "": 3.0, "n" * 500: 4.0})])
+    texts = maker.complaints
+    for words in (
+        "'text' is a str",
+        "'none' is a NoneType",
+        "'big' is a int",
+        "Tensor of shape (3,)",
+        "'a\\x1b[31mb'",
+        "'\\x07'",
+    ):
+        assert len([text for text in texts if words in text]) == 1, words
+    assert len(texts) == 8
+    assert maker.refused_values == 3 * 4
+    assert maker.refused_names == 3 * 2
+
+
+def test_a_value_whose_class_raises_anything_is_refused() -> None:
+    class Odd:
+        def __float__(self) -> float:
+            raise AttributeError("not today")
+
+    maker = RowMaker(attempt=1)
+    (rows,) = maker.feed([logged(1, odd=Odd(), loss=1.0), mark(1)])
+    assert "loss" in table([rows])
+    assert "odd" not in table([rows])
+
+
+def test_names_without_end_are_bounded_and_said_once() -> None:
+    maker = RowMaker(attempt=1)
+    for step in range(1, 11):
+        maker.feed([logged(step, **{f"sample_{step}_{number}": 1.0 for number in range(1000)}), mark(step)])
+    assert len([text for text in maker.complaints if "metric names" in text]) == 1
+    assert maker.refused_names == 10_000 - NAMES_LIMIT
+    assert len(maker.newest) == NAMES_LIMIT
+    assert len(maker._names) == NAMES_LIMIT
+
+
+@given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 120))
+def test_whatever_is_logged_fits_a_packet_of_the_link(steps: int, names: int, length: int) -> None:
+    maker = RowMaker(attempt=1)
+    values = {f"{number}-".ljust(length, "ü"): float(number) for number in range(names)}
+    entries: list[Entry] = []
+    for step in range(1, steps + 1):
+        entries += [logged(step, **values), mark(step)]
+    made = maker.feed(entries)
+    assert all(len(codec.encode(LinkRecord(link=10**9, body=rows))) < 128 * 1024 for rows in made)
+    found = table(made)
+    assert all(found[name] == [(step, value) for step in range(1, steps + 1)] for name, value in values.items())

@@ -1,0 +1,91 @@
+"""Two commands at once: the table of wire/precedence.py, row by row."""
+
+from pathlib import Path
+
+import pytest
+
+from trainctl.wire import precedence
+from trainctl.wire.commands import (
+    Abort,
+    Act,
+    AddNote,
+    CheckpointSave,
+    Command,
+    Evaluate,
+    LrRelease,
+    LrScale,
+    LrSet,
+    Pause,
+    Restart,
+    Resume,
+    Rollback,
+    SetTunable,
+    Stop,
+)
+from trainctl.wire.precedence import Relation, UnderWay, conflict_reason, outcome, relation
+
+LR, CLIP, STEPS = LrSet(value=1e-4), SetTunable(name="clip", value=1.0), SetTunable(name="accumulation", value=4)
+
+
+def under_way(action: Act, actor: str = "dana", *, scheduled: bool = False) -> UnderWay:
+    return UnderWay(command=Command(id="older", action=action), actor=actor, scheduled=scheduled)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("newer", "older", "same_operator", "another"),
+    [
+        (Pause(), Stop(), "conflict", "conflict"),
+        (LR, Abort(), "conflict", "conflict"),
+        (CheckpointSave(), Restart(), "conflict", "conflict"),
+        (Stop(), Stop(), "conflict", "conflict"),
+        (Abort(), Stop(), "queue", "queue"),
+        (Abort(now=True), Stop(), "queue", "queue"),
+        (Restart(), Stop(), "queue", "queue"),
+        (AddNote(text="x"), Stop(), "queue", "queue"),
+        (LR, LrScale(factor=0.5), "supersede", "conflict"),
+        (LrRelease(), LR, "supersede", "conflict"),
+        (LrScale(factor=0.5), LR, "queue", "conflict"),
+        (LrSet(value=1e-4, group=1), LrSet(value=1e-3, group=0), "queue", "conflict"),
+        (LrSet(value=1e-4, group=1), LrSet(value=1e-3, group=1), "supersede", "conflict"),
+        (CLIP, SetTunable(name="clip", value=2.0), "supersede", "conflict"),
+        (CLIP, STEPS, "queue", "queue"),
+        (Resume(), Pause(), "queue", "conflict"),
+        (Pause(), Pause(), "queue", "conflict"),
+        (LR, Rollback(target="last"), "queue", "conflict"),
+        (Rollback(target="last"), CLIP, "queue", "conflict"),
+        (Rollback(target="last"), Rollback(target="best"), "queue", "conflict"),
+        (CheckpointSave(), Rollback(target="last"), "queue", "queue"),
+        (CheckpointSave(), CheckpointSave(), "queue", "queue"),
+        (Evaluate(), Pause(), "queue", "queue"),
+        (Pause(), LR, "queue", "queue"),
+        (Stop(), Rollback(target="last"), "queue", "queue"),
+    ],
+    ids=str,
+)
+def test_what_becomes_of_the_newer(newer: Act, older: Act, same_operator: Relation, another: Relation) -> None:
+    assert relation(newer, "dana", under_way(older)) == same_operator
+    assert relation(newer, "kim", under_way(older)) == another
+
+
+def test_the_documented_table_is_the_one_in_the_code() -> None:
+    table = [line for line in str(precedence.__doc__).splitlines() if line.startswith("|")]
+    documented = Path(__file__).parents[2].joinpath("docs", "commands.md").read_text(encoding="utf-8")
+    assert len(table) == 10
+    assert "\n".join(table) in documented
+
+
+def test_what_is_scheduled_is_not_superseded_any_more() -> None:
+    assert relation(LR, "dana", under_way(LR, scheduled=True)) == "queue"
+
+
+def test_one_conflict_outweighs_everything() -> None:
+    pending = [under_way(LR, "dana"), under_way(CLIP, "kim"), under_way(LrScale(factor=2), "kim")]
+    conflict, superseded = outcome(LR, "dana", pending)
+    assert (conflict, superseded) == (pending[2], [])
+    assert outcome(LR, "dana", pending[:2]) == (None, [pending[0]])
+
+
+def test_a_conflict_says_who_and_what_and_what_to_do() -> None:
+    said = conflict_reason(LR, under_way(LrScale(factor=2), "kim"))
+    assert all(word in said for word in ("kim", "lr scale", "older", "accepted", "send yours again"))
+    assert "the run is ending" in conflict_reason(LR, under_way(Stop(), scheduled=True))

@@ -1,0 +1,428 @@
+"""Commands from request to outcome: asked, written down, handed on, watched, answered."""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+
+import msgspec
+
+from trainctl.hub.endings import Endings, Outcome
+from trainctl.hub.link import RankLine
+from trainctl.hub.recorder import Recorder
+from trainctl.hub.rules import Situation, allowed_without_audit, rejection
+from trainctl.store.audit import AuditLog
+from trainctl.wire.commands import (
+    FINAL_COMMAND_STATES,
+    AddNote,
+    Cancel,
+    CheckpointPin,
+    CheckpointUnpin,
+    Command,
+    CommandState,
+    args_of,
+    carrier_of,
+    spec_of,
+)
+from trainctl.wire.manifest import list_checkpoints, pick, pin
+from trainctl.wire.messages import (
+    FINAL_STATES,
+    Anomaly,
+    CommandReply,
+    CommandUpdate,
+    LinkCancel,
+    LinkCommand,
+    Note,
+    Scalar,
+)
+from trainctl.wire.precedence import UnderWay, conflict_reason, outcome
+from trainctl.wire.rundir import RunDir
+from trainctl.wire.server import Caller, Server
+
+log = logging.getLogger(__name__)
+
+_ASKED_AGAIN_S = 90.0  # longer than a client keeps asking
+
+
+@dataclass(kw_only=True)
+class _Open:
+    """An accepted command without an outcome."""
+
+    command: Command
+    actor: str
+    accepted: float
+    cancel_sent: bool = False
+
+
+class CommandDesk:
+    """Accepts commands, follows them to their outcome and tells everybody who asked."""
+
+    def __init__(
+        self,
+        *,
+        recorder: Recorder,
+        server: Server,
+        audit: AuditLog,
+        run_dir: RunDir,
+        line: RankLine,
+        endings: Endings,
+    ) -> None:
+        self._recorder = recorder
+        self._record = recorder.record
+        self._server = server
+        self._audit = audit
+        self._run_dir = run_dir
+        self._line = line
+        self._endings = endings
+        self._ending: dict[str, asyncio.Task[None]] = {}  # commands that the agents carry out, by id
+        self._open_endings: dict[str, _Open] = {}
+        self._one_at_a_time = asyncio.Lock()
+        self._open: dict[str, _Open] = {}
+        self._orphans: dict[str, _Open] = {}  # accepted in the audit log, and unknown to the journal
+        self._orphans_until = 0.0
+        self._watchers: dict[str, list[Caller]] = {}
+        self._cancels: dict[str, list[_Open]] = {}
+        self._audit_failed = False
+        self._writing: set[asyncio.Task[None]] = set()
+
+    # --- asked
+
+    async def do(self, command: Command, caller: Caller) -> None:
+        """Take a command and answer with every state it passes through; a repeated id gets the first one's."""
+        async with self._one_at_a_time:
+            known = self.watch(command.id, caller)
+            if known is not None:
+                self._server.reply(caller, CommandReply(req=caller.req, update=known))
+                return
+            self._watchers[command.id] = [caller]
+            await self._accept(command, caller.actor.name)
+
+    def watch(self, command_id: str, caller: Caller) -> CommandUpdate | None:
+        """Where a command stands; whoever asked also hears how it goes on."""
+        known = self._record.commands.get(command_id)
+        if known is not None and known.state not in FINAL_COMMAND_STATES:
+            self._watchers.setdefault(command_id, []).append(caller)
+        return known
+
+    async def _accept(self, command: Command, actor: str) -> None:
+        checkpoints = await asyncio.to_thread(list_checkpoints, self._run_dir.checkpoints)
+        record = self._record
+        situation = Situation(
+            info=record.info,
+            state=record.state.state,
+            linked=self._line.linked,
+            checkpoints=checkpoints,
+            commands=record.commands,
+            no_restart=self._endings.refusal(command.action),
+        )
+        opened = _Open(command=command, actor=actor, accepted=time.time())
+        reason = rejection(command, situation)
+        conflict, superseded = outcome(command.action, actor, self._under_way())
+        if reason is None and conflict is not None:
+            self._say(opened, "conflict", reason=conflict_reason(command.action, conflict))
+            return
+        if reason is None:
+            reason = await self._write_down(opened)
+        if reason is not None:
+            self._say(opened, "rejected", reason=reason)
+            return
+        if not self._say(opened, "accepted"):
+            return
+        match carrier_of(command.action):
+            case "hub":
+                await self._carry_out(opened)
+                return
+            case "agents":
+                # Apart, because it takes as long as the ranks' grace, and other commands are not to wait for that.
+                self._open_endings[command.id] = opened
+                self._ending[command.id] = asyncio.create_task(self._end_ranks(opened))
+                return
+            case "ranks":
+                self._open[command.id] = opened
+        for older in superseded:
+            self._line.send(LinkCancel(id=older.command.id, actor=actor, superseded_by=command.id))
+        sent = self._line.send(LinkCommand(command=command, actor=actor, accepted=opened.accepted))
+        if record.state.state in FINAL_STATES and command.id in self._open:
+            # It ended while the audit line was being written: no later end will settle this one.
+            del self._open[command.id]
+            reason = f"the run is {record.state.state}" + ("" if sent else ", and rank 0 has left")
+            self._say(opened, "expired", reason=reason)
+
+    def _under_way(self) -> list[UnderWay]:
+        """Commands that were accepted and have no outcome yet, oldest first."""
+        return [
+            UnderWay(
+                command=opened.command,
+                actor=opened.actor,
+                scheduled=(known := self._record.commands.get(opened.command.id)) is not None
+                and known.state == "scheduled",
+            )
+            for opened in (*self._open.values(), *self._open_endings.values())
+        ]
+
+    async def _write_down(self, opened: _Open) -> str | None:
+        command = opened.command
+        entry: dict[str, Scalar] = {
+            "time": opened.accepted,
+            "id": command.id,
+            "command": spec_of(command.action).name,
+            "actor": opened.actor,
+            "state": "accepted",
+            "request": msgspec.json.encode(command).decode(),
+        }
+        try:
+            await asyncio.to_thread(self._audit.append, entry)
+        except OSError as error:
+            why = error.strerror or str(error)
+            self._audit_trouble(why)
+            if allowed_without_audit(command):
+                return None
+            return (
+                f"the audit log cannot be written ({why}), so only stop and checkpoint save are carried out: "
+                f"make {self._run_dir.path} writable and leave room there"
+            )
+        self._audit_failed = False
+        return None
+
+    # --- carried out here
+
+    async def _carry_out(self, opened: _Open) -> None:
+        state = self._record.state
+        match opened.command.action:
+            case AddNote(text=text):
+                note = Note(
+                    time=time.time(), step=state.step, incarnation=state.incarnation, actor=opened.actor, text=text
+                )
+                self._recorder.take(note)
+                self._say(opened, "applied", after=text)
+            case CheckpointPin(checkpoint=target):
+                await self._pin(opened, target, pinned=True)
+            case CheckpointUnpin(checkpoint=target):
+                await self._pin(opened, target, pinned=False)
+            case Cancel(command=target):
+                self._cancels.setdefault(target, []).append(opened)
+                if not self._line.send(LinkCancel(id=target, actor=opened.actor)):
+                    self._cancels.pop(target)
+                    self._say(opened, "rejected", reason="rank 0 is not connected: nothing can be withdrawn from it")
+            case _:
+                raise AssertionError("the registry names a command for the hub that it cannot carry out")
+
+    async def _end_ranks(self, opened: _Open) -> None:
+        try:
+            outcome = await self._endings.carry_out(opened.command, opened.actor)
+        except Exception as error:  # the operator must hear that it is not known, and why
+            log.exception("the ranks could not be ended")
+            outcome = Outcome(state="unknown", reason=f"the hub failed while it ended the ranks: {error}")
+        finally:
+            self._ending.pop(opened.command.id, None)
+        self._say(opened, outcome.state, after=outcome.after, ranks=outcome.ranks, reason=outcome.reason)
+
+    async def _pin(self, opened: _Open, target: str, *, pinned: bool) -> None:
+        found = pick(await asyncio.to_thread(list_checkpoints, self._run_dir.checkpoints), target)
+        if found is None:
+            self._say(opened, "rejected", reason=f"checkpoint {target} is gone")
+            return
+        try:
+            pin(self._run_dir.checkpoints / found.id, pinned=pinned)
+        except OSError as error:
+            self._say(opened, "failed", reason=f"the mark of {found.id} cannot be written: {error.strerror}")
+            return
+        self._say(opened, "applied", before=found.pinned, after=pinned)
+
+    # --- heard of
+
+    def heard(self, update: CommandUpdate) -> None:
+        """Rank 0 says where a command stands; it is recorded already."""
+        self._settle(update)
+
+    def tick(self, now: float) -> None:
+        """Ask rank 0 to withdraw what expired before it was applied; `now` is wall clock."""
+        if self._orphans and now > self._orphans_until:
+            self._give_up_orphans()
+        for opened in self._open.values():
+            expires_s = opened.command.expires_s
+            known = self._record.commands.get(opened.command.id)
+            waiting = known is not None and known.state in {"accepted", "scheduled"}
+            if expires_s is not None and waiting and not opened.cancel_sent and now > opened.accepted + expires_s:
+                opened.cancel_sent = self._line.send(LinkCancel(id=opened.command.id, actor="hub"))
+
+    def rank_came(self, *, new_attempt: bool) -> None:
+        """Rank 0 is linked. The same one is handed again what may not have reached it; it knows what it has seen."""
+        if new_attempt:
+            self.rank_gone("the run was started again before its outcome was known", ended=False)
+            return
+        for opened in self._open.values():
+            opened.cancel_sent = False
+            self._line.send(LinkCommand(command=opened.command, actor=opened.actor, accepted=opened.accepted))
+
+    def rank_gone(self, reason: str, *, ended: bool) -> None:
+        """Nobody will say any more what became of pending commands. After an orderly end, what was never
+        scheduled was not applied."""
+        for pending in self._record.pending:
+            if self._record.commands[pending.id].state in FINAL_COMMAND_STATES:
+                continue  # settled by the one before: a cancel goes with what it cancels
+            if pending.id in self._ending:
+                continue  # it is why rank 0 is gone, and the agents say how it went
+            unscheduled = ended and pending.state == "accepted"
+            state: CommandState = "expired" if unscheduled else "unknown"
+            current = self._record.state
+            update = msgspec.structs.replace(
+                pending,
+                time=time.time(),
+                step=current.step,
+                incarnation=current.incarnation,
+                state=state,
+                reason=reason,
+            )
+            self._take(update)
+
+    def restore(self) -> None:
+        """After a restart of the hub: take up the commands that the journal shows without an outcome."""
+        pending = {update.id for update in self._record.pending}
+        try:
+            lines = self._audit.lines(10_000)
+        except OSError as error:
+            log.warning("the audit log cannot be read: %s", error)
+            return
+        for line in lines:
+            opened = _from_audit(line)
+            if opened is not None and opened.command.id in pending:
+                self._open[opened.command.id] = opened
+            elif opened is not None and opened.command.id not in self._record.commands:
+                self._orphans[opened.command.id] = opened
+            elif opened is None:
+                self._orphans.pop(_id_in(line), None)  # it has an outcome, from long ago
+        self._orphans_until = time.time() + _ASKED_AGAIN_S
+        for opened in list(self._open.values()):
+            if carrier_of(opened.command.action) != "ranks":
+                del self._open[opened.command.id]
+                self._say(opened, "unknown", reason="the hub was restarted while it carried this out")
+
+    def _give_up_orphans(self) -> None:
+        """The hub died between an audit line and the journal: whoever asked has asked again by now, or never will."""
+        orphans, self._orphans = self._orphans, {}
+        for command_id, opened in orphans.items():
+            if command_id not in self._record.commands:
+                reason = "the hub died when it had just accepted this, and nobody asked for it again"
+                self._say(opened, "unknown", reason=reason)
+
+    async def close(self) -> None:
+        """Wait until what was settled is in the audit log."""
+        for task in self._ending.values():
+            task.cancel()
+        await asyncio.gather(*self._ending.values(), return_exceptions=True)
+        await asyncio.gather(*self._writing)
+
+    # --- said
+
+    def _say(
+        self,
+        opened: _Open,
+        state: CommandState,
+        *,
+        before: Scalar = None,
+        after: Scalar = None,
+        ranks: int | None = None,
+        reason: str | None = None,
+    ) -> bool:
+        current = self._record.state
+        return self._take(
+            CommandUpdate(
+                time=time.time(),
+                step=current.step,
+                incarnation=current.incarnation,
+                id=opened.command.id,
+                command=spec_of(opened.command.action).name,
+                args=args_of(opened.command.action),
+                actor=opened.actor,
+                state=state,
+                before=before,
+                after=after,
+                ranks=ranks,
+                reason=reason,
+            )
+        )
+
+    def _take(self, update: CommandUpdate) -> bool:
+        if self._recorder.take(update) is None:
+            return False  # a newer hub took over; its answer counts
+        self._settle(update)
+        return True
+
+    def _settle(self, update: CommandUpdate) -> None:
+        self._answer(update)
+        if update.state not in FINAL_COMMAND_STATES:
+            return
+        self._open.pop(update.id, None)
+        self._open_endings.pop(update.id, None)
+        task = asyncio.create_task(self._write_outcome(update))
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+        for cancel in self._cancels.pop(update.id, []):
+            withdrawn = update.state not in {"applied", "failed", "unknown"}
+            self._say(
+                cancel,
+                "applied" if withdrawn else "conflict",
+                reason=None if withdrawn else f"{update.command} is {update.state} (step {update.step})",
+            )
+
+    def _answer(self, update: CommandUpdate) -> None:
+        final = update.state in FINAL_COMMAND_STATES
+        callers = self._watchers.pop(update.id, []) if final else self._watchers.get(update.id, [])
+        for caller in callers:
+            self._server.reply(caller, CommandReply(req=caller.req, update=update))
+
+    async def _write_outcome(self, update: CommandUpdate) -> None:
+        entry: dict[str, Scalar] = {
+            "time": update.time,
+            "id": update.id,
+            "command": update.command,
+            "actor": update.actor,
+            "state": update.state,
+            "step": update.step,
+            "incarnation": update.incarnation,
+            "before": update.before,
+            "after": update.after,
+            "ranks": update.ranks,
+            "reason": update.reason,
+        }
+        async with self._one_at_a_time:
+            try:
+                await asyncio.to_thread(self._audit.append, entry)
+            except OSError as error:
+                self._audit_trouble(error.strerror or str(error))
+
+    def _audit_trouble(self, why: str) -> None:
+        if self._audit_failed:
+            return
+        self._audit_failed = True
+        state = self._record.state
+        self._recorder.take(
+            Anomaly(
+                time=time.time(),
+                step=state.step,
+                incarnation=state.incarnation,
+                what="audit",
+                text=f"the audit log cannot be written ({why}): commands that change training are refused, "
+                f"stop and checkpoint save are not; make {self._run_dir.path} writable and leave room there",
+                severity="error",
+            )
+        )
+
+
+def _id_in(line: str) -> str:
+    try:
+        return str(msgspec.json.decode(line, type=dict[str, Scalar]).get("id"))
+    except msgspec.MsgspecError:
+        return ""
+
+
+def _from_audit(line: str) -> _Open | None:
+    try:
+        entry = msgspec.json.decode(line, type=dict[str, Scalar])
+        if entry.get("state") != "accepted":
+            return None
+        command = msgspec.json.decode(str(entry["request"]), type=Command)
+        return _Open(command=command, actor=str(entry["actor"]), accepted=float(str(entry["time"])))
+    except (msgspec.MsgspecError, KeyError, ValueError):
+        return None

@@ -1,0 +1,116 @@
+"""Shows a run's metrics to the detectors as they are recorded, and records what the detectors find."""
+
+import numpy as np
+from numpy.typing import NDArray
+
+from trainctl.hub.detect_spike import WINDOW, SpikeWatch, Turn
+from trainctl.hub.nonfinite import NonFiniteWatch, finite_values
+from trainctl.hub.recorder import Recorder
+from trainctl.store.record import RunRecord
+from trainctl.wire.figures import number
+from trainctl.wire.messages import Anomaly, Envelope, Rows
+
+SPIKE = "loss-spike"
+NOT_FINITE = frozenset({"nan", "inf"})
+CURVES = 64
+_SEPARATORS = "_/."
+# Steps that are read back to learn again, after a restart, what is usual.
+_LOOK_BACK = 8 * WINDOW
+
+
+def is_loss(metric: str) -> bool:
+    """Whether a metric is a loss by its name: `loss`, or ending in `_loss`, `/loss` or `.loss`."""
+    return metric == "loss" or (metric.endswith("loss") and metric[-5] in _SEPARATORS)
+
+
+class SpikeWatches:
+    """A `SpikeWatch` for each loss of the run's newest incarnation. Pure."""
+
+    def __init__(self) -> None:
+        self._curves: dict[str, SpikeWatch] = {}
+        self._incarnation = 0
+
+    def curve(self, metric: str, incarnation: int) -> SpikeWatch | None:
+        """The watch of one loss; None for what is not watched. A new incarnation forgets all that was usual."""
+        if incarnation > self._incarnation:
+            self._incarnation = incarnation
+            self._curves.clear()
+        if incarnation < self._incarnation or not is_loss(metric):
+            return None
+        if metric not in self._curves and len(self._curves) >= CURVES:
+            return None
+        return self._curves.setdefault(metric, SpikeWatch())
+
+    def observe(self, rows: Rows) -> list[Anomaly]:
+        """The episodes that begin or end in these rows."""
+        found: list[Anomaly] = []
+        for column in rows.columns:
+            curve = self.curve(column.name, rows.incarnation)
+            values = finite_values(rows, column)
+            if curve is not None and values is not None:
+                found += [_told(rows, column.name, turn) for turn in curve.observe(values)]
+        return found
+
+
+def _told(rows: Rows, metric: str, turn: Turn) -> Anomaly:
+    step, value, usual = rows.steps[turn.at], number(turn.value), number(turn.usual)
+    if turn.begins:
+        text = f"{metric} leapt to {value} at step {step}: usually {usual}, robust z {turn.z:.0f}"
+    elif turn.stays:
+        text = f"{metric} stays at {value}, at step {step}: it was {usual}, and this is what is usual from now on"
+    else:
+        text = f"{metric} is back at {value} at step {step}"
+    return Anomaly(
+        time=rows.times[turn.at],
+        step=step,
+        incarnation=rows.incarnation,
+        what=SPIKE,
+        text=text,
+        severity="warning" if turn.begins else "info" if turn.stays else "good",
+        metric=metric,
+        value=turn.value,
+    )
+
+
+class Detectors:
+    """Follows the recorder. Starts with what the record says of earlier, so that a restart repeats no alarm."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._nonfinite, self._spikes = NonFiniteWatch(), SpikeWatches()
+        learn(recorder.record, self._nonfinite, self._spikes)
+
+    def follow(self, envelope: Envelope) -> None:
+        """Look at one recorded envelope."""
+        rows = envelope.body
+        if not isinstance(rows, Rows) or len(rows.times) != len(rows.steps):
+            return
+        found = self._nonfinite.observe(rows) + self._spikes.observe(rows)
+        for anomaly in sorted(found, key=lambda anomaly: anomaly.step):
+            self._recorder.take(anomaly)
+
+
+def learn(record: RunRecord, nonfinite: NonFiniteWatch, spikes: SpikeWatches) -> None:
+    """Bring new detectors to where the record stands."""
+    incarnation = record.state.incarnation
+    told = [event for event in record.events if isinstance(event, Anomaly) and event.incarnation == incarnation]
+    began = {event.metric: event for event in told if event.metric is not None and event.what in NOT_FINITE}
+    for metric, newest in began.items():
+        if newest.severity == "good":
+            continue
+        values = _values(record, metric, max(newest.step, record.state.step - _LOOK_BACK), incarnation)
+        bad = np.flatnonzero(~np.isfinite(values))
+        calm = len(values) - 1 - int(bad[-1]) if len(bad) else len(values)
+        error = newest.what if newest.severity == "error" else None
+        nonfinite.assume(metric, incarnation, calm=calm, error=error)
+    turned = {event.metric: event for event in told if event.what == SPIKE}
+    for metric in record.metrics.names:
+        curve = spikes.curve(metric, incarnation)
+        if curve is not None:
+            curve.observe(_values(record, metric, record.state.step - _LOOK_BACK, incarnation))
+            curve.assume(spiking=metric in turned and turned[metric].severity == "warning")
+
+
+def _values(record: RunRecord, metric: str, from_step: int, incarnation: int) -> NDArray[np.floating]:
+    found = record.metrics.query(metric, from_step=max(0, from_step), incarnation=incarnation)
+    return found["value"].astype("f8")

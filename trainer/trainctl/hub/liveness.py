@@ -1,0 +1,195 @@
+"""Which rank is dead or stuck. Pure: the clock is an argument.
+
+*Dead* is what the agent of its node says: its process is gone and it did not end well. *Stuck* is a rank of which no
+figures come, or which stays in one phase for longer than the larger of `AT_LEAST_S` and five times that phase's median;
+where it is in no phase, the same holds for the time since its last step.
+
+A rank's figures come by way of the store and rank 0. Where rank 0 itself is not heard the others are not judged, and
+where rank 0 is heard and brings nobody's figures, the store is to blame and not the ranks.
+"""
+
+import statistics
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from trainctl.wire.messages import ProcessReading, RankFigures, RankPlace, Severity
+
+# Figures are made, relayed and looked at once a second each: this is told within ten.
+AT_LEAST_S: Final = 7.5
+MEDIANS: Final = 5.0
+RELAY_S: Final = 3.0
+STORE_S: Final = 5.0
+_AWAKE_S = 5.0  # as in `stalled`: time in which the hub itself stood still counts for nothing
+_OBSERVED = 50
+_SAME_S = 0.05  # two readings of when a phase began differ by how the clocks are read
+_BUSY = frozenset({"evaluating", "checkpointing"})  # as long as it takes, unless it is known how long that is
+_NOT_JUDGED = frozenset({"starting", "paused"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """News of a rank. `state` is `dead`, `stuck`, or what it says of itself once it goes on."""
+
+    rank: int
+    node: str
+    step: int
+    state: str
+    text: str
+    severity: Severity
+
+
+@dataclass(kw_only=True)
+class _Rank:
+    place: RankPlace
+    heard_at: float
+    stepped_at: float
+    figures: RankFigures | None = None
+    judged: str | None = None  # "stuck", "dead" or "left"
+    seen_alive: bool = False
+    steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=_OBSERVED))
+    phases_s: dict[str, deque[float]] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        """Where it was when it was last heard of."""
+        figures = self.figures
+        if figures is None:
+            return "before its first report"
+        return f"after step {figures.step}" + (f" in {figures.phase}" if figures.phase else "")
+
+    def take(self, figures: RankFigures, now: float) -> None:
+        before, self.figures, self.heard_at = self.figures, figures, now
+        if before is None:
+            self.stepped_at = now
+            return
+        if figures.step != before.step:
+            if figures.step > before.step and before.state not in _NOT_JUDGED:
+                self.steps_s.append((now - self.stepped_at) / (figures.step - before.step))
+            self.stepped_at = now
+        if before.phase is not None and before.phase_since is not None and not same_phase(before, figures):
+            kept = self.phases_s.setdefault(before.phase, deque(maxlen=_OBSERVED))
+            kept.append(before.time - before.phase_since)
+
+    def shift(self, by_s: float) -> None:
+        self.heard_at += by_s
+        self.stepped_at += by_s
+
+    def why_stuck(self, now: float) -> str | None:
+        """A sentence, or None while nothing is wrong."""
+        silent_s = now - self.heard_at
+        if silent_s > AT_LEAST_S:
+            return f"nothing was heard of it for {silent_s:.0f} s: it was {self.where}"
+        figures = self.figures
+        if figures is None or figures.state in _NOT_JUDGED:
+            return None
+        if figures.phase is not None and figures.phase_since is not None:
+            known = self.phases_s.get(figures.phase)
+            for_s = figures.time - figures.phase_since + silent_s
+            what = f"in {figures.phase} for {for_s:.0f} s"
+        else:
+            known, for_s = self.steps_s, now - self.stepped_at
+            what = f"no step for {for_s:.0f} s"
+        median_s = statistics.median(known) if known else None
+        if (median_s is None and figures.state in _BUSY) or for_s <= max(AT_LEAST_S, MEDIANS * (median_s or 0.0)):
+            return None
+        usual = f", usually {median_s:.3g} s" if median_s is not None else ""
+        return f"{what} after step {figures.step}{usual}"
+
+    def finding(self, state: str, text: str, severity: Severity) -> Finding:
+        step = self.figures.step if self.figures is not None else 0
+        return Finding(rank=self.place.rank, node=self.place.node, step=step, state=state, text=text, severity=severity)
+
+
+class Liveness:
+    """The ranks of one attempt. Everything but `tick` takes what was heard; `now` is a monotonic clock."""
+
+    def __init__(self, places: Sequence[RankPlace], now: float, *, total_steps: int | None = None) -> None:
+        self._ranks = {place.rank: _Rank(place=place, heard_at=now, stepped_at=now) for place in places}
+        self._total_steps = total_steps
+        self._relay_at = now
+        self._looked_at = now
+        self._figures_at: float | None = None
+        self.store_silent = False
+
+    def state_of(self, rank: int) -> str | None:
+        """`stuck` or `dead` where that was found."""
+        found = self._ranks.get(rank)
+        return found.judged if found is not None and found.judged in {"stuck", "dead"} else None
+
+    def relay(self, now: float) -> None:
+        """Rank 0 said something."""
+        self._relay_at = now
+
+    def figures(self, ranks: Sequence[RankFigures], now: float) -> list[Finding]:
+        """What rank 0 brought of everybody; figures that came before are no sign of life."""
+        self._figures_at = now
+        found = []
+        for figures in ranks:
+            rank = self._ranks.get(figures.rank)
+            if rank is None or figures.pid != rank.place.pid:
+                continue
+            if rank.figures is not None and figures.time <= rank.figures.time:
+                continue
+            rank.take(figures, now)
+            if rank.judged == "stuck" and rank.why_stuck(now) is None:
+                rank.judged = None
+                found.append(rank.finding(figures.state, f"goes on, {rank.where}", "good"))
+        return found
+
+    def processes(self, node: str, readings: Sequence[ProcessReading], run_id: str) -> list[Finding]:
+        """What the agent of a node sees."""
+        seen = {reading.pid: reading for reading in readings if reading.run_id == run_id}
+        found = []
+        for rank in self._ranks.values():
+            if rank.place.node != node or rank.judged in {"dead", "left"}:
+                continue
+            reading = seen.get(rank.place.pid)
+            if reading is not None and reading.alive:
+                rank.seen_alive = True
+            elif reading is not None:
+                rank.judged = "dead"
+                how = reading.ended or "died, of what is not known"
+                found.append(rank.finding("dead", f"pid {reading.pid} {how}: it was {rank.where}", "error"))
+            elif rank.seen_alive:
+                rank.judged = "left"  # it took its place file away: it ended well
+        return found
+
+    def tick(self, now: float) -> list[Finding]:
+        """Time went by; to be asked once a second."""
+        passed_s, self._looked_at = now - self._looked_at, now
+        if passed_s > _AWAKE_S:
+            self._sleep(passed_s)
+        muted = now - self._relay_at > RELAY_S
+        self.store_silent = not muted and self._figures_at is not None and now - self._figures_at > STORE_S
+        found = []
+        for number, rank in self._ranks.items():
+            if number == 0:
+                rank.heard_at = max(rank.heard_at, self._relay_at)
+            if self.store_silent or (muted and number != 0):
+                rank.shift(0.0 if passed_s > _AWAKE_S else passed_s)
+                continue
+            if rank.judged is None and not self._done(rank) and (why := rank.why_stuck(now)) is not None:
+                rank.judged = "stuck"
+                found.append(rank.finding("stuck", why, "warning"))
+        return found
+
+    def _done(self, rank: _Rank) -> bool:
+        """Whether no further step is due; what a script does after its last one takes as long as it takes."""
+        total = self._total_steps
+        return total is not None and rank.figures is not None and rank.figures.step >= total
+
+    def _sleep(self, for_s: float) -> None:
+        self._relay_at += for_s
+        if self._figures_at is not None:
+            self._figures_at += for_s
+        for rank in self._ranks.values():
+            rank.shift(for_s)
+
+
+def same_phase(one: RankFigures, other: RankFigures) -> bool:
+    """Whether two figures of a rank were taken in one and the same stay in a phase."""
+    if one.phase != other.phase or one.phase_since is None or other.phase_since is None:
+        return False
+    return abs(one.phase_since - other.phase_since) < _SAME_S

@@ -1,0 +1,41 @@
+"""Whether this hub may still write: it must hold the highest epoch that was given out in the run's directory."""
+
+import contextlib
+import time
+
+from trainctl.wire.rundir import RunDir
+
+_CHECK_S = 1.0
+
+
+class Ownership:
+    """A hub's epoch. `held` looks at the directory at most once a second, and always after a pause of ours."""
+
+    def __init__(self, run_dir: RunDir) -> None:
+        self._run_dir = run_dir
+        self._held = True
+        self._checked_at = time.monotonic()
+        self.registered = True
+        try:
+            self.epoch = run_dir.allocate("epoch")
+        except OSError:
+            # Read-only or full: nobody else can get a higher one there either.
+            self.epoch = 1
+            with contextlib.suppress(OSError):  # not even readable: then 1 has to do
+                self.epoch = run_dir.newest("epoch") + 1
+            self.registered = False
+
+    def held(self) -> bool:
+        """False for good once a newer hub took over."""
+        now = time.monotonic()
+        if self._held and now - self._checked_at >= _CHECK_S:
+            self._checked_at = now
+            with contextlib.suppress(OSError):  # a file system that does not answer gives nobody a newer epoch
+                self._held = self._run_dir.newest("epoch") <= self.epoch
+        return self._held
+
+    def register(self) -> None:
+        """Write the epoch down as soon as the directory takes it. Raises OSError while it does not."""
+        if not self.registered:
+            self._held = self._run_dir.allocate("epoch") == self.epoch
+            self.registered = True

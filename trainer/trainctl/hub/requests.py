@@ -1,0 +1,160 @@
+"""What the hub answers to clients."""
+
+import asyncio
+import logging
+import time
+from pathlib import Path
+
+from trainctl.hub.desk import CommandDesk
+from trainctl.hub.keeper import JournalKeeper
+from trainctl.hub.recorder import Recorder
+from trainctl.store.audit import AuditLog
+from trainctl.wire.codec import DATA_LIMIT
+from trainctl.wire.manifest import DamagedCheckpoint, list_checkpoints, pick, remember_check, verify
+from trainctl.wire.messages import (
+    AuditLines,
+    AuditRequest,
+    CheckpointInfo,
+    Checkpoints,
+    CheckpointSaved,
+    CheckpointsRequest,
+    CommandQuery,
+    CommandReply,
+    CommandRequest,
+    Events,
+    EventsRequest,
+    HistoryRequest,
+    Nodes,
+    NodesRequest,
+    Reply,
+    Request,
+    RunState,
+    SnapshotRequest,
+    Stream,
+    Tunables,
+    TunablesRequest,
+    Verified,
+    VerifyRequest,
+)
+from trainctl.wire.rundir import RunDir
+from trainctl.wire.server import Caller, Refusal
+
+log = logging.getLogger(__name__)
+
+_AUDIT_BYTES = DATA_LIMIT - 64 * 1024
+
+
+class Requests:
+    """The server's handler: looks things up in the record and in the run's directory."""
+
+    def __init__(
+        self,
+        *,
+        recorder: Recorder,
+        keeper: JournalKeeper,
+        audit: AuditLog,
+        run_dir: RunDir,
+        desk: CommandDesk,
+    ) -> None:
+        self._recorder = recorder
+        self._record = recorder.record
+        self._keeper = keeper
+        self._audit = audit
+        self._run_dir = run_dir
+        self._desk = desk
+
+    def run_state(self) -> RunState:
+        return self._record.state
+
+    def recorded(self, stream: Stream, first: int, last: int) -> list[bytes] | None:
+        try:
+            return self._keeper.index.read(stream, first, last) or None
+        except OSError as error:
+            log.warning("the journal cannot be read for a backfill: %s", error)
+            return None
+
+    async def handle(self, request: Request, caller: Caller) -> Reply | None:
+        match request:
+            case SnapshotRequest():
+                checkpoints = await self._checkpoints()
+                return self._record.snapshot(request, checkpoints)
+            case CommandRequest(command=command):
+                await self._desk.do(command, caller)
+                return None
+            case CommandQuery(id=command_id):
+                update = self._desk.watch(command_id, caller)
+                if update is None:
+                    raise Refusal("unknown_command", f"no command has the id {command_id}")
+                return CommandReply(req=request.req, update=update)
+            case HistoryRequest():
+                return self._record.history(request)
+            case EventsRequest():
+                return Events(req=request.req, events=self._record.events_matching(request))
+            case CheckpointsRequest():
+                return await self._list(request)
+            case VerifyRequest():
+                return await self._verify(request)
+            case TunablesRequest():
+                return Tunables(req=request.req, tunables=self._record.info.tunables)
+            case AuditRequest():
+                return await self._audit_lines(request)
+            case NodesRequest():
+                return Nodes(req=request.req, nodes=[self._record.nodes[name] for name in sorted(self._record.nodes)])
+            case _:
+                raise Refusal("not_supported", f"a hub does not answer {type(request).__name__}")
+
+    async def _checkpoints(self) -> list[CheckpointInfo]:
+        return await asyncio.to_thread(list_checkpoints, self._run_dir.checkpoints)
+
+    async def _list(self, request: CheckpointsRequest) -> Checkpoints:
+        found = await self._checkpoints()
+        last, best = pick(found, "last"), pick(found, "best")
+        return Checkpoints(
+            req=request.req, checkpoints=found, last=last.id if last else None, best=best.id if best else None
+        )
+
+    async def _verify(self, request: VerifyRequest) -> Verified:
+        found = pick(await self._checkpoints(), request.id)
+        if found is None:
+            raise Refusal(
+                "no_checkpoint", f"there is no checkpoint {request.id}", "trainctl checkpoint ls lists what there is"
+            )
+        ok, text = await asyncio.to_thread(_check, self._run_dir.checkpoints / found.id)
+        self._recorder.take(
+            CheckpointSaved(
+                time=time.time(),
+                step=found.step,
+                incarnation=found.incarnation,
+                id=found.id,
+                bytes=found.bytes,
+                verified=ok,
+                pinned=found.pinned,
+                note=found.note,
+                metrics=found.metrics,
+                error=None if ok else text,
+            )
+        )
+        return Verified(req=request.req, id=found.id, ok=ok, text=text)
+
+    async def _audit_lines(self, request: AuditRequest) -> AuditLines:
+        try:
+            lines = await asyncio.to_thread(self._audit.lines, request.limit)
+        except OSError as error:
+            raise Refusal("audit_unreadable", f"the audit log cannot be read: {error.strerror}") from None
+        size, first = 0, len(lines)
+        while first and size + len(lines[first - 1]) < _AUDIT_BYTES:
+            first -= 1
+            size += len(lines[first]) + 8
+        return AuditLines(req=request.req, lines=lines[first:])
+
+
+def _check(directory: Path) -> tuple[bool, str]:
+    """Hash a checkpoint's files and remember the outcome beside it."""
+    try:
+        manifest = verify(directory)
+    except DamagedCheckpoint as damage:
+        ok, text = False, str(damage)
+    else:
+        ok, text = True, f"{len(manifest.files)} files have the sizes and hashes that the manifest says"
+    remember_check(directory, ok=ok, text=text)
+    return ok, text

@@ -1,0 +1,151 @@
+"""The rules by which every rank acts at the same boundary, or none does. Pure: no store, no thread, no clock.
+
+    rank 0   proposes (number, command, step = completed + margin)
+    rank R   answers  READY (armed for that boundary) | LATE (already past it) | REFUSED (cannot do it)
+    one key  decides  GO, by rank 0 when all are ready; ABORT, by rank 0 otherwise, or by any rank that has waited
+                      `PATIENCE_S` at its armed boundary. Written once by compare-and-set; all obey what they read back
+    GO       every rank applies at the boundary, or, in two phases (rollback, conditions), stages first:
+             all staged → COMMIT, any failed → CANCEL, and nothing was touched
+
+A bounded wait that then simply leaves gives half-applied commands, an unbounded one can deadlock; a bounded wait with
+one decision key has neither (checked by tests/trainer/test_agreement_model.py over all interleavings).
+"""
+
+import hmac
+from typing import Literal, TypeAlias
+
+import msgspec
+from msgspec import Struct
+
+from trainctl.wire.commands import Command, Resume
+from trainctl.wire.messages import Scalar
+
+PATIENCE_S = 0.1
+TRIES = 3
+DOUBT_S = 30.0
+FIRST_MARGIN = 2
+_SKEW_S = 0.005
+_MAC_BYTES = 16
+
+GO, ABORT, COMMIT, CANCEL = b"go", b"abort", b"commit", b"cancel"
+
+
+class Proposal(Struct, frozen=True, kw_only=True):
+    """What rank 0 proposes. `checkpoint` and `incarnation` are resolved once, by rank 0, for a rollback."""
+
+    number: int
+    command: Command
+    actor: str
+    step: int
+    two_phase: bool = False
+    checkpoint: str | None = None
+    incarnation: int = 0
+    expires_at: float | None = None  # Unix seconds: rank 0 declines it at the boundary when that is past
+    undo: str | None = None  # the id of a change on trial whose time is over
+    leaving: int | None = None  # no command: this rank left its loop, so there are no common boundaries any more
+
+
+class Answer(Struct, frozen=True, kw_only=True):
+    verdict: Literal["ready", "late", "refused"]
+    step: int
+    reason: str | None = None
+
+
+class Outcome(Struct, frozen=True, kw_only=True):
+    """What one rank did.
+
+    `pending`: begun, and finished in the background (a checkpoint). `declined`: not done, as it should be (a condition
+    that does not hold, a loop that ended before): a rejection and no failure. `expired`: it came too late.
+    """
+
+    ok: bool
+    step: int
+    before: Scalar = None
+    after: Scalar = None
+    reason: str | None = None
+    pending: bool = False
+    declined: bool = False
+    expired: bool = False
+
+
+Verdict: TypeAlias = Literal["go", "again", "refused"]
+
+
+def answer(proposed_step: int, *, completed: int, held_at: int | None, refusal: str | None) -> Answer:
+    """A rank's answer after it armed itself: whoever is at or past the boundary is late, unless it is held there."""
+    if refusal is not None:
+        return Answer(verdict="refused", step=completed, reason=refusal)
+    if completed >= proposed_step and held_at != proposed_step:
+        return Answer(verdict="late", step=completed)
+    return Answer(verdict="ready", step=completed)
+
+
+def judge(answers: list[Answer]) -> tuple[Verdict, str | None]:
+    """What rank 0 makes of all answers, and why the first rank refused that did, named unless all say the same."""
+    for rank, given in enumerate(answers):
+        if given.verdict == "refused":
+            alike = all((other.verdict, other.reason) == ("refused", given.reason) for other in answers)
+            return "refused", given.reason if alike else f"rank {rank}: {given.reason}"
+    return ("go" if all(given.verdict == "ready" for given in answers) else "again"), None
+
+
+def next_margin(margin: int, proposed_step: int, answers: list[Answer]) -> int:
+    """How far ahead to propose next: twice as far as the latest rank had run past, and one more."""
+    behind = max((given.step - proposed_step for given in answers if given.verdict == "late"), default=0)
+    return min(1000, margin + 2 * behind + 1)
+
+
+def eased(margin: int) -> int:
+    """After an agreement: half-way back, so that one hiccup does not delay every later command."""
+    return max(FIRST_MARGIN, margin // 2)
+
+
+def fitted(margin: int, *, step_s: float, since_s: float, agreement_s: float) -> int:
+    """One step ahead where the agreement surely ends before that boundary comes, so that a command waits half a step.
+
+    `since_s` is how long ago the last boundary was. What an agreement takes is doubled, for it varies, and the boundary
+    of another rank may come a little before rank 0's. A margin that was raised stays: ranks have just been late.
+    """
+    return 1 if margin == FIRST_MARGIN and step_s - since_s > 2 * agreement_s + _SKEW_S else margin
+
+
+def boundary_for(completed: int, margin: int, held_at: int | None) -> int:
+    """The step to propose: where a pause holds everybody, or `margin` steps ahead."""
+    return held_at if held_at is not None else completed + margin
+
+
+class Seal:
+    """Signs and checks what goes through the store: whoever reaches the store may deny, not forge.
+
+    HMAC-SHA256 over attempt, key and content, cut to 16 bytes, with the run's secret.
+    """
+
+    def __init__(self, secret: bytes, attempt: int) -> None:
+        self._secret = secret
+        self._attempt = str(attempt).encode()
+
+    def sign(self, key: str, content: bytes) -> bytes:
+        return self._mac(key, content) + content
+
+    def open(self, key: str, sealed: bytes) -> bytes | None:
+        """The content, or None when it is not from a rank of this run."""
+        mac, content = sealed[:_MAC_BYTES], sealed[_MAC_BYTES:]
+        return content if hmac.compare_digest(mac, self._mac(key, content)) else None
+
+    def _mac(self, key: str, content: bytes) -> bytes:
+        message = b"\0".join((self._attempt, key.encode(), content))
+        return hmac.digest(self._secret, message, "sha256")[:_MAC_BYTES]
+
+
+_NOTHING = Command(id="goodbye", action=Resume())
+
+
+def goodbye(number: int, rank: int) -> Proposal:
+    """What a rank writes in place of a proposal when it leaves its loop."""
+    return Proposal(number=number, command=_NOTHING, actor="", step=0, leaving=rank)
+
+
+encode = msgspec.msgpack.Encoder().encode
+decode_proposal = msgspec.msgpack.Decoder(Proposal).decode
+decode_answer = msgspec.msgpack.Decoder(Answer).decode
+decode_outcome = msgspec.msgpack.Decoder(Outcome).decode

@@ -1,0 +1,207 @@
+"""The control thread of every rank: waits for proposals, answers, learns the decision, reports the outcome.
+
+It runs beside training, waits inside the store without the GIL, and prints nothing. What it may not do is wait for the
+training thread while a proposal is undecided: a collective may hold that one for as long as it likes.
+"""
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+from trainctl.trainer.agreement import (
+    ABORT,
+    CANCEL,
+    DOUBT_S,
+    GO,
+    Outcome,
+    Proposal,
+    answer,
+    decode_proposal,
+    encode,
+    goodbye,
+)
+from trainctl.trainer.boundary import Armed, Boundary
+from trainctl.trainer.meeting import Connection, StoreSilent
+
+log = logging.getLogger(__name__)
+
+_AGAIN_S = 1.0
+_WITHDRAW_S = 1.0
+_LOOK_S = 5.0
+
+
+class InDoubt(RuntimeError):
+    """This rank cannot learn whether the others applied a command.
+
+    The one error that trainctl raises into a loop: half a command is worse than a stopped job, which resumes from its
+    last good checkpoint.
+    """
+
+
+class Control(threading.Thread):
+    """One rank's side of the agreement."""
+
+    def __init__(
+        self,
+        *,
+        rank: int,
+        boundary: Boundary,
+        waiting: Connection,
+        talking: Connection,
+        refusal: Callable[[Proposal], str | None],
+    ) -> None:
+        super().__init__(name="trainctl-control", daemon=True)
+        self._rank = rank
+        self._boundary = boundary
+        self._waiting = waiting
+        self._talking = talking
+        self._talk_lock = threading.Lock()
+        self._refusal = refusal
+        self._number = 1
+        boundary.withdraw = self._withdraw
+        self.problem: str | None = None
+
+    def put(self, key: str, content: bytes) -> None:
+        """Write through the talking connection, from any thread. Raises `StoreSilent`."""
+        with self._talk_lock:
+            self._talking.put(key, content)
+
+    def run(self) -> None:
+        armed: Armed | None = None
+        try:
+            while True:
+                self._waiting.wait([f"p/{self._number}"])
+                sealed = self._waiting.get(f"p/{self._number}")
+                proposal = decode_proposal(sealed) if sealed is not None else None
+                if proposal is not None and proposal.leaving is not None:
+                    return
+                if proposal is not None:
+                    armed = Armed(proposal)
+                    self._follow(armed)
+                    armed = None
+                self._number += 1
+        except StoreSilent as error:
+            self.problem = "the job's store does not answer"
+            if armed is not None:
+                armed.fail(error)
+            if not self._boundary.closed:
+                log.warning("trainctl: no more commands in this attempt, training goes on: %s", error)
+        except Exception as error:
+            self.problem = f"the control thread failed: {error}"
+            if armed is not None:
+                armed.fail(error)
+            log.exception("trainctl: no more commands in this attempt, training goes on")
+
+    def leave(self, timeout_s: float) -> None:
+        """End this thread, which waits inside the store, by telling everybody that this rank left its loop.
+
+        A thread that still waits there when the interpreter ends would abort the process.
+        """
+        deadline = time.monotonic() + timeout_s
+        while self.is_alive() and (left_s := deadline - time.monotonic()) > 0:
+            number = self._number
+            if not self._comes_back(lambda number=number: self._say_goodbye(number), left_s):  # type: ignore[misc]
+                return
+            self.join(0.1)
+
+    def _say_goodbye(self, number: int) -> None:
+        with self._talk_lock:
+            self._talking.decide(f"p/{number}", encode(goodbye(number, self._rank)))
+
+    def _follow(self, armed: Armed) -> None:
+        boundary, proposal = self._boundary, armed.proposal
+        number = proposal.number
+        refusal = self._refusal(proposal)
+        if refusal is None:
+            boundary.arm(armed)
+            if boundary.closed:
+                refusal = "the run has ended"
+        given = answer(proposal.step, completed=boundary.completed, held_at=boundary.held_at, refusal=refusal)
+        self.put(f"a/{number}/{self._rank}", encode(given))
+        self._waiting.wait([f"d/{number}"])
+        armed.decide(self._waiting.get(f"d/{number}") or ABORT)
+        if armed.decision != GO:
+            boundary.disarm(armed)
+            return
+        if boundary.closed:
+            boundary.close()
+        if proposal.two_phase:
+            armed.prepared.wait()
+            if not armed.staged and armed.outcome is not None:
+                # The training thread left its loop, or raised, before it staged: the others must not wait for it.
+                self.put(f"l/{number}/{self._rank}", encode(armed.outcome))
+            self._waiting.wait([f"c/{number}"])
+            armed.judge(self._waiting.get(f"c/{number}") or CANCEL)
+        armed.applied.wait()
+        assert armed.outcome is not None
+        self.put(f"r/{number}/{self._rank}", encode(armed.outcome))
+
+    # What the training thread calls, at its boundary only
+
+    def going(self, armed: Armed) -> bool:
+        """The decision on what is armed here; when none came in time, force one. Raises `InDoubt`."""
+        going = armed.going()
+        if going is not None:
+            return going
+        deadline = time.monotonic() + DOUBT_S
+        while (left_s := deadline - time.monotonic()) > 0:
+            self._comes_back(lambda: self._force(armed), left_s)
+            if armed.decision is not None:
+                return armed.decision == GO
+            time.sleep(min(_AGAIN_S, max(0.0, deadline - time.monotonic())))
+        raise InDoubt(
+            f"the job's store has been silent for {DOUBT_S:.0f} s while a command was being decided: this rank stops, "
+            "so that no rank trains on with half of it. Resume from the last good checkpoint"
+        )
+
+    def staged(self, armed: Armed, staged: Outcome) -> bool:
+        """Tell that this rank is staged, or why not, and wait for the common verdict. Raises `InDoubt`."""
+        number = armed.proposal.number
+        silent = "the job's store fell silent between loading and restoring: resume from the last good checkpoint"
+        if not self._comes_back(lambda: self.put(f"l/{number}/{self._rank}", encode(staged)), DOUBT_S):
+            raise InDoubt(silent)
+        armed.staged = True
+        armed.prepared.set()
+        # Others may load for as long as they like, if only the store is there to say so.
+        while not armed.judged.wait(_LOOK_S):
+            if not self._comes_back(self._look, DOUBT_S) and not armed.judged.is_set():
+                raise InDoubt(silent)
+        if armed.doubt is not None:
+            raise InDoubt(silent) from armed.doubt
+        return armed.verdict != CANCEL
+
+    # Calls on the store that must come back
+
+    def _force(self, armed: Armed) -> None:
+        """Write ABORT unless it was decided; either way the decision is known then."""
+        with self._talk_lock:
+            held = self._talking.decide(f"d/{armed.proposal.number}", ABORT)
+        armed.decide(held or ABORT)
+
+    def _look(self) -> None:
+        with self._talk_lock:
+            self._talking.has(["p/1"])
+
+    def _withdraw(self, armed: Armed) -> None:
+        """This rank leaves its loop: what is not decided is not to be applied by the others."""
+        self._comes_back(lambda: self._force(armed), _WITHDRAW_S)
+
+    def _comes_back(self, call: Callable[[], None], timeout_s: float) -> bool:
+        """Whether a call on the store came back in time, and well.
+
+        It is made by a thread of its own, for the training thread must not wait for ever: a store that is cut off does
+        not fail, it blocks for as long as TCP does, and so does whoever waits for the lock that a blocked call holds.
+        """
+        done: list[bool] = []
+
+        def attempt() -> None:
+            with contextlib.suppress(StoreSilent):
+                call()
+                done.append(True)
+
+        thread = threading.Thread(target=attempt, name="trainctl-asks", daemon=True)
+        thread.start()
+        thread.join(timeout_s)
+        return bool(done)

@@ -1,0 +1,146 @@
+"""What one rank knows of its run: shared by the public `Run`, the actions and the sender thread."""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainctl.trainer.boundary import Boundary
+from trainctl.trainer.buffer import RowBuffer
+from trainctl.trainer.checkpoint import Checkpointer, PendingSave
+from trainctl.trainer.feed import Feed
+from trainctl.trainer.flops import FlopMeter
+from trainctl.trainer.identity import RankIdentity, RunIdentity
+from trainctl.trainer.overrides import Overrides
+from trainctl.trainer.phases import Phases
+from trainctl.trainer.ranges import DataRanges
+from trainctl.trainer.reverts import Reverts
+from trainctl.trainer.tunables import Tunables
+from trainctl.wire.commands import Command
+from trainctl.wire.messages import Anomaly, Event, Note, RankPlace, RunStateName
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Callbacks:
+    """What the script gave at attach."""
+
+    on_eval: Callable[[], Mapping[str, float] | None] | None = None
+    on_rollback: Callable[[int], None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunningSave:
+    """A checkpoint that is being written; `command` asked for it, if any did."""
+
+    id: str
+    pending: PendingSave
+    step: int
+    incarnation: int
+    metrics: dict[str, float]
+    note: str | None = None
+    command: Command | None = None
+    actor: str = ""
+
+
+@dataclass(kw_only=True)
+class Hold:
+    """A pause: since when, by whom, until when."""
+
+    since: float
+    by: str
+    resumes_at: float | None
+
+
+@dataclass(kw_only=True)
+class Core:
+    """One rank's run. The training thread writes it; other threads read single attributes and use the deques."""
+
+    place: RankIdentity
+    identity: RunIdentity
+    total_steps: int | None
+    boundary: Boundary
+    buffer: RowBuffer
+    phases: Phases
+    tunables: Tunables
+    callbacks: Callbacks
+    overrides: Overrides | None = None
+    feed: Feed | None = None
+    flops: FlopMeter | None = None
+    ranges: DataRanges = field(default_factory=DataRanges)
+    checkpointer: Checkpointer | None = None
+    incarnation: int = 1
+    counters: dict[str, Any] = field(default_factory=dict)
+    capabilities: dict[str, bool | str] = field(default_factory=dict)
+    last_metrics: dict[str, float] = field(default_factory=dict)
+    events: deque[Event] = field(default_factory=deque)
+    reverts: Reverts = field(default_factory=Reverts)
+    saves: list[RunningSave] = field(default_factory=list)
+    saves_begun: int = 0
+    rank_places: list[RankPlace] = field(default_factory=list)
+    hold: Hold | None = None
+    doing: RunStateName | None = None
+    ending: RunStateName | None = None
+    ended_by: str | None = None
+    row_step: int = 1
+    first_step: int = 0
+    resumed_from: str | None = None
+    resumed_tunables: dict[str, Any] = field(default_factory=dict)
+    waiting_tunables: dict[str, Any] = field(default_factory=dict)  # set by operators of an earlier attempt
+    steps_s: float = 0.0  # what all steps so far took together
+    own_loss: float | None = None
+    started: float = field(default_factory=time.time)
+    _complained: set[str] = field(default_factory=set)
+    tunables_changed: threading.Event = field(default_factory=threading.Event)
+    steering_changed: threading.Event = field(default_factory=threading.Event)  # what operators set; written to disk
+
+    @property
+    def publishes(self) -> bool:
+        return self.place.leads
+
+    def event(self, event: Event) -> None:
+        """Tell of something; only rank 0 speaks for the run."""
+        if self.place.leads:
+            self.events.append(event)
+
+    def note(self, actor: str, text: str) -> None:
+        """Tell of what belongs to a command and is no outcome of one."""
+        step, incarnation = self.boundary.completed, self.incarnation
+        self.event(Note(time=time.time(), step=step, incarnation=incarnation, actor=actor, text=text))
+
+    def steered(self) -> None:
+        """An operator's settings changed: they are written down and told."""
+        self.steering_changed.set()
+        self.tunables_changed.set()
+
+    def log(self, step: int, values: Mapping[str, Any]) -> None:
+        """Log values for a given step, from the training thread."""
+        if self.place.leads:
+            self.buffer.log(step, dict(values))
+
+    def complain(self, what: str, text: str) -> None:
+        """Something that is not as it should be: said once, in the log and to the operator."""
+        if text in self._complained or len(self._complained) > 1000:
+            return
+        self._complained.add(text)
+        log.warning("trainctl: %s", text)
+        step, incarnation = self.boundary.completed, self.incarnation
+        self.event(Anomaly(time=time.time(), step=step, incarnation=incarnation, what=what, text=text))
+
+    def lost_telemetry(self, text: str) -> None:
+        """Telemetry began to be lost, or no longer is."""
+        log.warning("trainctl: %s", text)
+        step, incarnation = self.boundary.completed, self.incarnation
+        self.event(Anomaly(time=time.time(), step=step, incarnation=incarnation, what="dropped", text=text))
+
+    def state(self) -> RunStateName:
+        """What this rank is doing, in the run's words."""
+        if self.hold is not None:
+            return "paused"
+        if self.doing is not None:
+            return self.doing
+        return "starting" if self.boundary.completed == self.first_step else "running"

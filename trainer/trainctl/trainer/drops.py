@@ -1,0 +1,48 @@
+"""Telemetry that was lost, by reason: when it begins an operator is told, and when it is over how much it was. Pure."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+CALM_S = 10.0
+
+# What is said of a reason; the others (`value`, `names`) are said of each metric, by name.
+_WORDS: dict[str, str] = {
+    "buffer": "the sender thread cannot keep up with run.log(): log less often",
+    "link": "the hub did not take them for over a minute",
+    "size": "a row or an event is too large for a packet",
+    "device": "the device lags too far behind, or failed",
+    "phase": "the device lags too far behind its timers",
+}
+
+
+@dataclass(kw_only=True)
+class _Episode:
+    before: int  # lost when it began
+    grown: float  # when the count last grew
+
+
+class DropWatch:
+    """Makes sentences of counts that grow. `now` is any clock that does not go back."""
+
+    def __init__(self) -> None:
+        self._seen: dict[str, int] = {}
+        self._episodes: dict[str, _Episode] = {}
+
+    def observe(self, counts: Mapping[str, int], now: float) -> list[str]:
+        """What is to be told now."""
+        told: list[str] = []
+        for reason, count in counts.items():
+            seen, self._seen[reason] = self._seen.get(reason, 0), count
+            episode, words = self._episodes.get(reason), _WORDS.get(reason)
+            if words is None:
+                continue
+            if count > seen:
+                if episode is None:
+                    self._episodes[reason] = _Episode(before=seen, grown=now)
+                    told.append(f"telemetry is being lost: {words}. Training goes on")
+                else:
+                    episode.grown = now
+            elif episode is not None and now - episode.grown >= CALM_S:
+                del self._episodes[reason]
+                told.append(f"no more telemetry is lost; {count - episode.before} values or rows are missing: {words}")
+        return told

@@ -1,0 +1,98 @@
+"""The data's iterator, owned by the run so that a rollback can put it back.
+
+Exact for data that depend on the index alone. A loader with `state_dict` restores itself. A plain DataLoader is
+replayed: the random state in which the epoch's iterator was made is restored, the iterator is made anew, and as many
+batches are taken from it as the checkpoint had seen.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+Rng = dict[str, Any]
+
+
+class Feed:
+    """Micro-batches without end, epoch after epoch. `epoch` and `batch` say where it stands.
+
+    `index` is how many micro-batches lie before it in the order of the data, over all epochs: the same batch has the
+    same index after a rollback, a resume or a skip.
+    """
+
+    def __init__(self, loader: Any, *, capture_rng: Callable[[], Rng], restore_rng: Callable[[Rng], None]) -> None:
+        self._loader = loader
+        self._capture_rng = capture_rng
+        self._restore_rng = restore_rng
+        self._keeps_state = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+        self._iterator: Iterator[Any] | None = None
+        self._opened_with: Rng | None = None
+        self._restored: dict[str, Any] | None = None
+        self.epoch = 0
+        self.batch = 0
+        self.index = 0
+
+    def next(self) -> Any:
+        """The next micro-batch. Raises ValueError when a whole epoch has none."""
+        while True:
+            if self._iterator is None:
+                self._open()
+            assert self._iterator is not None
+            try:
+                item = next(self._iterator)
+            except StopIteration:
+                if self.batch == 0:
+                    raise ValueError("the loader gave no batch in a whole epoch: is the data set empty?") from None
+                self.epoch, self.batch, self._iterator = self.epoch + 1, 0, None
+            else:
+                self.batch += 1
+                self.index += 1
+                return item
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where it stands, in plain values and tensors."""
+        state: dict[str, Any] = {"epoch": self.epoch, "batch": self.batch, "index": self.index}
+        state["opened"] = self._iterator is not None
+        if self._iterator is None:
+            return state
+        if self._keeps_state:
+            state["loader"] = self._loader.state_dict()
+        else:
+            state["rng"] = self._opened_with
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Stand where `state` says; the iterator is made by `reopen`."""
+        self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
+        self.index = int(state.get("index", self.batch))
+        self._iterator, self._restored = None, state
+
+    def reopen(self, *, skip: int = 0) -> None:
+        """After `load_state_dict`: make the iterator anew and pass over `skip` micro-batches.
+
+        Draws random numbers, so the checkpoint's own random state is restored after this.
+        """
+        state, self._restored = self._restored, None
+        if state is not None and state["opened"]:
+            if "loader" in state:
+                self._loader.load_state_dict(state["loader"])
+                self._open()
+            else:
+                self._restore_rng(state["rng"])
+                seen, index, self.batch = self.batch, self.index, 0
+                self._open()
+                for _ in range(seen):
+                    self.next()
+                self.index = index
+        for _ in range(skip):
+            self.next()
+
+    def _open(self) -> None:
+        for holder in (
+            self._loader,
+            getattr(self._loader, "sampler", None),
+            getattr(self._loader, "batch_sampler", None),
+        ):
+            if holder is not None and hasattr(holder, "set_epoch"):
+                holder.set_epoch(self.epoch)
+                break
+        self._opened_with = None if self._keeps_state else self._capture_rng()
+        self._iterator = iter(self._loader)

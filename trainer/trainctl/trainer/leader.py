@@ -1,0 +1,346 @@
+"""Rank 0's part of the agreement: one command after another, each with one truthful outcome."""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from trainctl.trainer.agreement import (
+    ABORT,
+    CANCEL,
+    COMMIT,
+    FIRST_MARGIN,
+    GO,
+    TRIES,
+    Answer,
+    Outcome,
+    Proposal,
+    boundary_for,
+    decode_answer,
+    decode_outcome,
+    decode_proposal,
+    eased,
+    encode,
+    fitted,
+    judge,
+    next_margin,
+)
+from trainctl.trainer.boundary import Boundary
+from trainctl.trainer.meeting import Connection, StoreSilent
+from trainctl.trainer.reverts import LEAD_LIMIT
+from trainctl.wire.commands import Command, args_of
+from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand
+
+log = logging.getLogger(__name__)
+
+_ANSWERS_S = 30.0
+_FIRST_AGREEMENT_S = 0.01
+_POLL_S = (0.002, 0.05)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What rank 0 resolved before proposing."""
+
+    two_phase: bool = False
+    checkpoint: str | None = None
+    incarnation: int = 0
+
+
+class Leader(threading.Thread):
+    """Takes commands from a queue, proposes them, tells where each one stands through `tell`.
+
+    `prepare(command)` returns what a proposal needs, or the reason why the command is rejected at once. The outcome of
+    what finishes in the background (a checkpoint) is told by who waits for it, the sender.
+    """
+
+    def __init__(
+        self,
+        *,
+        world_size: int,
+        boundary: Boundary,
+        connection: Connection,
+        prepare: Callable[[Command], Prepared | str],
+        tell: Callable[[CommandUpdate], None],
+        incarnation: Callable[[], int],
+    ) -> None:
+        super().__init__(name="trainctl-leader", daemon=True)
+        self._ranks = range(world_size)
+        self._boundary = boundary
+        self._connection = connection
+        self._prepare = prepare
+        self._tell = tell
+        self._incarnation = incarnation
+        self._commands: queue.SimpleQueue[tuple[LinkCommand, str | None] | None] = queue.SimpleQueue()
+        self._queued: dict[str, LinkCommand] = {}
+        self._cancelled: dict[str, LinkCancel] = {}
+        self._seen: set[str] = set()
+        self._due: dict[str, int] = {}  # of undoings: not before this step
+        self._number = 0
+        self._margin = FIRST_MARGIN
+        self._agreement_s = _FIRST_AGREEMENT_S
+        self.resume_at: float | None = None
+        self.problem: str | None = None
+
+    def submit(self, message: LinkCommand | LinkCancel) -> None:
+        if isinstance(message, LinkCancel):
+            queued = self._queued.pop(message.id, None)
+            if queued is not None:  # not begun: it need not wait for what is before it in the queue
+                self._say_cancelled(queued.command, queued.actor, message)
+            else:
+                self._cancelled[message.id] = message
+        elif message.command.id not in self._seen:  # a hub that came back may hand a command over again
+            self._seen.add(message.command.id)
+            self._queued[message.command.id] = message
+            self._commands.put((message, None))
+
+    def undo(self, command: Command, actor: str, *, due: int, asked: int = 0) -> None:
+        """Propose to undo a change on trial at step `due`; told as a command of its own, `ID.undo`.
+
+        `asked`: how often that was proposed before, in vain or on a branch that was left: each has its own outcome.
+        """
+        # In two phases where there is a condition: rank 0 looks at it at the boundary.
+        condition = f"not ({command.unless})" if command.unless is not None else None
+        name = f"{command.id[:85]}.undo{f'.{asked + 1}' if asked else ''}"
+        undoing = Command(id=name, action=command.action, condition=condition)
+        if undoing.id not in self._seen:
+            self._seen.add(undoing.id)
+            self._due[undoing.id] = due
+            self._commands.put((LinkCommand(command=undoing, actor=actor, accepted=time.time()), command.id))
+
+    def close(self) -> None:
+        self._commands.put(None)
+
+    def run(self) -> None:
+        while (item := self._commands.get()) is not None:
+            message, undo = item
+            if undo is None and self._queued.pop(message.command.id, None) is None:
+                continue  # cancelled while it waited
+            try:
+                settled = self._lead(message, undo)
+                if undo is not None and not settled:
+                    self._commands.put(item)  # an undoing was promised: it is proposed until it is done
+            except StoreSilent as error:
+                self.problem = "the job's store does not answer"
+                self._say(message.command, message.actor, "unknown", reason=f"{self.problem}: {error}")
+            except Exception as error:
+                log.exception("trainctl: a command failed, training goes on")
+                self._say(message.command, message.actor, "failed", reason=f"rank 0: {error}")
+
+    def _lead(self, message: LinkCommand, undo: str | None) -> bool:
+        """Bring one command to its outcome; false when the ranks found no step for it."""
+        command, actor = message.command, message.actor
+        prepared = self._prepare(command)
+        if isinstance(prepared, str):
+            self._say(command, actor, "rejected", reason=prepared)
+            return True
+        for _ in range(TRIES):
+            if (by := self._cancelled.pop(command.id, None)) is not None:
+                self._say_cancelled(command, actor, by)
+                return True
+            proposal = self._propose(message, prepared, undo)
+            if proposal.leaving is not None:
+                left = f"rank {proposal.leaving} has left its loop: there is no further boundary"
+                self._say(command, actor, "rejected", reason=left)
+                return True
+            verdict, reason = self._decide(proposal)
+            if verdict == "silent" and undo is not None:
+                return False
+            if verdict in {"refused", "silent"}:
+                self._say(command, actor, "rejected", reason=reason)
+                return True
+            if verdict == "go":
+                self._margin = eased(self._margin)
+                self._say(command, actor, "scheduled", step=proposal.step)
+                self._conclude(proposal, command, actor)
+                return True
+        if undo is None:  # an undoing is proposed again, and has its one outcome then
+            reason = f"the ranks could not agree on a step in {TRIES} tries: nothing was changed; try again"
+            self._say(command, actor, "failed", reason=reason)
+        return False
+
+    def _propose(self, message: LinkCommand, prepared: Prepared, undo: str | None) -> Proposal:
+        command, expires_s = message.command, message.command.expires_s
+        self._number += 1
+        proposal = Proposal(
+            number=self._number,
+            command=command,
+            actor=message.actor,
+            expires_at=None if expires_s is None or undo is not None else message.accepted + expires_s,
+            step=self._next_step(self._due.get(command.id, 0)),
+            two_phase=prepared.two_phase,
+            checkpoint=prepared.checkpoint,
+            incarnation=prepared.incarnation,
+            undo=undo,
+        )
+        held = self._connection.decide(f"p/{self._number}", encode(proposal))
+        if held is None:
+            raise StoreSilent("a proposal that no rank of this run has signed is in the way")
+        accepted = decode_proposal(held)
+        if accepted.leaving is not None:
+            self._number -= 1  # the goodbye stays where it is, for the next command to find
+        return accepted
+
+    def _next_step(self, due: int) -> int:
+        boundary = self._boundary
+        completed, since_s = boundary.completed, time.perf_counter() - boundary.reached
+        margin = fitted(self._margin, step_s=boundary.step_s, since_s=since_s, agreement_s=self._agreement_s)
+        step = boundary_for(completed, margin, boundary.held_at)
+        # Never ahead of a pause: a resume would wait behind it for ever. A later rollback leaves it far ahead: no.
+        ahead = boundary.held_at is None and step < due <= completed + LEAD_LIMIT
+        return due if ahead else step
+
+    def _decide(self, proposal: Proposal) -> tuple[str, str | None]:
+        number = proposal.number
+        keys = [f"a/{number}/{rank}" for rank in self._ranks]
+        asked = time.perf_counter()
+        try:
+            self._connection.wait(keys, _ANSWERS_S)
+        except StoreSilent:
+            silent = [rank for rank, key in zip(self._ranks, keys, strict=True) if not self._connection.has([key])]
+            self._connection.decide(f"d/{number}", ABORT)
+            return "silent", f"rank {silent[0] if silent else '?'} did not answer within {_ANSWERS_S:.0f} s"
+        answers = [_read_answer(sealed) for sealed in self._connection.get_all(keys)]
+        # The newest counts a quarter, so that one rank with its hands full does not slow a hundred commands.
+        self._agreement_s += (time.perf_counter() - asked - self._agreement_s) / 4
+        verdict, reason = judge(answers)
+        if verdict != "go":
+            self._connection.decide(f"d/{number}", ABORT)
+            if verdict == "again":
+                self._margin = next_margin(self._margin, proposal.step, answers)
+            return verdict, reason
+        if self._connection.decide(f"d/{number}", GO) == GO:
+            return "go", None
+        self._margin = min(1000, self._margin + 1)
+        return "again", None
+
+    def _conclude(self, proposal: Proposal, command: Command, actor: str) -> None:
+        staged: list[Outcome] = []
+        if proposal.two_phase:
+            found = self._outcomes("l", proposal, unless=command.id)
+            if found is None:
+                self._withdraw(proposal, command, actor)
+                return
+            staged = found
+        cancelled = any(not outcome.ok for outcome in staged)
+        if proposal.two_phase:
+            self._connection.decide(f"c/{proposal.number}", CANCEL if cancelled else COMMIT)
+        outcomes = self._outcomes("r", proposal) or []
+        first = outcomes[0]
+        if cancelled:
+            self._say_failed(command, actor, staged, done=[])
+        elif any(not outcome.ok for outcome in outcomes):
+            self._say_failed(command, actor, outcomes, done=[rank for rank in self._ranks if outcomes[rank].ok])
+        elif not first.pending:
+            given = (first.before, first.after, first.reason)
+            self._say(command, actor, "applied", step=first.step, before=given[0], after=given[1], reason=given[2])
+
+    def _withdraw(self, proposal: Proposal, command: Command, actor: str) -> None:
+        """Nothing was touched yet, and nothing will be: told at once, though the ranks may be far from the boundary."""
+        self._connection.decide(f"c/{proposal.number}", CANCEL)
+        self._say_cancelled(command, actor, self._cancelled.pop(command.id))
+        self._outcomes("r", proposal)  # the next proposal has to wait until every rank is past this one
+
+    def _say_cancelled(self, command: Command, actor: str, cancel: LinkCancel) -> None:
+        if cancel.superseded_by is not None:
+            self._say(command, actor, "superseded", reason=f"{cancel.actor} sent {cancel.superseded_by} in its place")
+        elif cancel.actor == "hub":
+            self._say(command, actor, "expired", reason="it was not applied in time: nothing was changed")
+        else:
+            self._say(command, actor, "rejected", reason=f"cancelled by {cancel.actor}")
+
+    def _say_failed(self, command: Command, actor: str, outcomes: list[Outcome], *, done: list[int]) -> None:
+        """`done`: the ranks that applied it."""
+        rank, outcome = next((rank, outcome) for rank, outcome in enumerate(outcomes) if not outcome.ok)
+        named = outcome.declined or str(outcome.reason).startswith("rank ")
+        where = f"rank {rank}: " if len(outcomes) > 1 and not named else ""
+        reason = f"{where}{outcome.reason}"
+        if done and outcome.declined:  # it left its loop after all had said that they are ready
+            reason = f"rank {rank}: {outcome.reason}; it was applied on rank {', '.join(map(str, done))}"
+        state = "expired" if outcome.expired else "rejected" if outcome.declined and not done else "failed"
+        self._say(command, actor, state, step=outcome.step, reason=reason)
+
+    def _outcomes(self, kind: str, proposal: Proposal, unless: str | None = None) -> list[Outcome] | None:
+        """What every rank reports, as soon as the last one has; None when the command `unless` was withdrawn before.
+
+        A step may take minutes, so there is no limit here. Asked for one rank after another, and less often the longer
+        it takes: hundreds of ranks would otherwise cost rank 0 and the store as many look-ups each time.
+        """
+        keys = [f"{kind}/{proposal.number}/{rank}" for rank in self._ranks]
+        began = time.monotonic()
+        for key in keys:
+            while not self._connection.has([key]):
+                if unless in self._cancelled:
+                    return None
+                waited_s = time.monotonic() - began
+                time.sleep(min(max(waited_s / 20, _POLL_S[0]), _POLL_S[1]))
+        return [_read_outcome(sealed) for sealed in self._connection.get_all(keys)]
+
+    def _say(
+        self,
+        command: Command,
+        actor: str,
+        state: str,
+        *,
+        step: int | None = None,
+        before: object = None,
+        after: object = None,
+        reason: str | None = None,
+    ) -> None:
+        self._tell(
+            update_of(
+                command,
+                actor,
+                state,
+                step,
+                self._boundary,
+                self._incarnation(),
+                len(self._ranks),
+                before,
+                after,
+                reason,
+            )
+        )
+
+
+def update_of(
+    command: Command,
+    actor: str,
+    state: str,
+    step: int | None,
+    boundary: Boundary,
+    incarnation: int,
+    ranks: int,
+    before: object = None,
+    after: object = None,
+    reason: str | None = None,
+) -> CommandUpdate:
+    """A command's update, with the time and place of now."""
+    return CommandUpdate(
+        time=time.time(),
+        step=boundary.completed if step is None else step,
+        incarnation=incarnation,
+        id=command.id,
+        command=str(command.action.__struct_config__.tag),
+        args=args_of(command.action),
+        actor=actor,
+        state=state,  # type: ignore[arg-type]
+        before=before,  # type: ignore[arg-type]
+        after=after,  # type: ignore[arg-type]
+        ranks=ranks if state == "applied" else None,
+        reason=reason,
+    )
+
+
+def _read_answer(sealed: bytes | None) -> Answer:
+    if sealed is None:
+        return Answer(verdict="refused", step=0, reason="an answer that no rank of this run has signed")
+    return decode_answer(sealed)
+
+
+def _read_outcome(sealed: bytes | None) -> Outcome:
+    if sealed is None:
+        return Outcome(ok=False, step=0, reason="a report that no rank of this run has signed")
+    return decode_outcome(sealed)

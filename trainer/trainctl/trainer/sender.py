@@ -1,0 +1,411 @@
+"""The sender thread: everything that leaves a rank leaves here, ten times a second, and nothing in here may block.
+
+On rank 0 it drains what was logged, numbers it, writes it to the hub and hands the hub's commands to the leader. On
+every rank it reports the rank's figures once a second and looks after the node's agent.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from trainctl.trainer import steering
+from trainctl.trainer.agents import NodeAgent
+from trainctl.trainer.buffer import Entry, Rewind, StepMark
+from trainctl.trainer.control import Control
+from trainctl.trainer.core import Core, RunningSave
+from trainctl.trainer.drops import DropWatch
+from trainctl.trainer.figures import Pace, decode_figures, encode_figures, figures_of, run_state
+from trainctl.trainer.leader import Leader, update_of
+from trainctl.trainer.link import Link, wait_readable
+from trainctl.trainer.meeting import Connection, StoreSilent
+from trainctl.trainer.rows import RowMaker
+from trainctl.trainer.tally import Tally, clip_of
+from trainctl.wire.commands import Command, Resume
+from trainctl.wire.manifest import pin
+from trainctl.wire.messages import (
+    CheckpointSaved,
+    Event,
+    LinkAgents,
+    LinkBye,
+    LinkCancel,
+    LinkCommand,
+    LinkInfo,
+    LinkProgress,
+    Ranks,
+    RunInfo,
+    SourceAddress,
+)
+from trainctl.wire.rundir import RunDir
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.1
+_FIGURES_S = 1.0
+_STATE_S = 0.5
+_RESUME_AGAIN_S = 5.0
+_BATCH = 20_000
+_RANKS_A_RECORD = 200  # so that a record fits a packet of the link, whatever the world size
+_GOODBYE_S = 10.0  # the hub of a very short run may only be starting
+_NO_STEP_S = 30.0
+
+
+class Figures:
+    """This rank's side of the once-a-second report, and rank 0's reading of everybody's."""
+
+    def __init__(self, core: Core, control: Control | None, reading: Connection | None) -> None:
+        self._core = core
+        self._control = control
+        self._reading = reading
+        self._last_step = core.boundary.completed
+        self._last_steps_s = core.steps_s
+        self._silent = control is None
+        self._keys = [f"g/{rank}" for rank in range(core.place.world_size)]
+
+    def report(self, phases_s: dict[str, float]) -> None:
+        step = self._core.boundary.completed
+        steps_s = self._core.steps_s
+        figures = figures_of(self._core, phases_s, max(0, step - self._last_step), steps_s - self._last_steps_s)
+        self._last_step, self._last_steps_s = step, steps_s
+        if self._control is not None and not self._silent:
+            try:
+                self._control.put(f"g/{self._core.place.rank}", encode_figures(figures))
+            except StoreSilent:
+                self._silent = True
+
+    def everybody(self) -> Ranks | None:
+        if self._reading is None or self._silent:
+            return None
+        try:
+            if not self._reading.has(self._keys):
+                return None
+            sealed = self._reading.get_all(self._keys)
+        except StoreSilent:
+            self._silent = True
+            return None
+        return Ranks(
+            incarnation=self._core.incarnation,
+            ranks=[decode_figures(figure) for figure in sealed if figure is not None],
+        )
+
+    def agent(self, address: SourceAddress) -> None:
+        if self._control is not None and not self._silent:
+            try:
+                self._control.put(f"n/{self._core.place.rank}", msgspec.msgpack.encode(address))
+            except StoreSilent:
+                self._silent = True
+
+    def agents(self) -> list[SourceAddress]:
+        if self._reading is None or self._silent:
+            return []
+        try:
+            keys = [key for rank in range(self._core.place.world_size) if self._reading.has([key := f"n/{rank}"])]
+            sealed = self._reading.get_all(keys) if keys else []
+        except StoreSilent:
+            self._silent = True
+            return []
+        return [msgspec.msgpack.decode(found, type=SourceAddress) for found in sealed if found is not None]
+
+
+class Sender(threading.Thread):
+    """`finish` ends it: it sends what is left, says goodbye and waits a moment for the hub to have it on disk."""
+
+    def __init__(
+        self,
+        core: Core,
+        *,
+        figures: Figures,
+        agent: NodeAgent | None,
+        link: Link | None,
+        leader: Leader | None,
+        info: Callable[[], RunInfo],
+    ) -> None:
+        super().__init__(name="trainctl-sender", daemon=True)
+        self._core = core
+        self._figures = figures
+        self._agent = agent
+        self._link = link
+        self._leader = leader
+        self._info = info
+        self._rows = RowMaker(
+            attempt=core.identity.attempt, incarnation=core.incarnation, completed=core.boundary.completed
+        )
+        self._pace = Pace()
+        self._tally = Tally()
+        self._drop_watch = DropWatch()
+        self._phases_s: dict[str, float] = {}
+        self._next_figures = 0.0
+        self._next_state = 0.0
+        self._told_agents: list[SourceAddress] = []
+        self._told_connects = 0
+        self._state_since = (core.state(), time.time())
+        self._step_time = time.time()
+        self._bye: LinkBye | None = None
+        self._closing = threading.Event()
+        self._warned_no_step = False
+        self._failed = False
+
+    def finish(self, bye: LinkBye) -> None:
+        """Send what is left and end. Waits at most a few seconds: training's exit goes first."""
+        self._bye = bye
+        self._closing.set()
+        self.join(_GOODBYE_S + 2.0)
+
+    def abandon(self) -> None:
+        """In a forked child: let go of the link, which belongs to the parent."""
+        if self._link is not None:
+            self._link.close()
+
+    def run(self) -> None:
+        try:
+            while not self._closing.is_set():
+                self._safe_tick()
+                if self._link is not None:
+                    wait_readable(self._link, TICK_S)
+                else:
+                    self._closing.wait(TICK_S)
+            self._goodbye()
+        except Exception:
+            log.exception("trainctl: telemetry stopped, training goes on")
+
+    def _safe_tick(self) -> None:
+        """One bad value costs one tick, not the telemetry of the whole run."""
+        try:
+            self._tick(time.monotonic())
+        except Exception as error:
+            if not self._failed:
+                log.exception("trainctl: a part of the telemetry failed, training goes on")
+            self._failed = True
+            self._core.complain("telemetry", f"a part of the telemetry failed: {type(error).__name__}: {error}")
+
+    def _tick(self, now: float) -> None:
+        core = self._core
+        self._settle_saves(now)
+        steering.keep(core)
+        if self._leader is not None:
+            self._undo_what_is_due()
+        if self._link is None:
+            self._keep_own_loss()
+        else:
+            self._drain(now)
+            for message in self._link.tick(now):
+                if self._leader is not None and isinstance(message, LinkCommand | LinkCancel):
+                    self._leader.submit(message)
+        for name, seconds in core.phases.take().items():
+            self._phases_s[name] = self._phases_s.get(name, 0.0) + seconds
+        if self._link is not None and (now >= self._next_state or core.state() != self._state_since[0]):
+            self._next_state = now + _STATE_S
+            self._tell_state()
+        if now >= self._next_figures:
+            self._next_figures = now + _FIGURES_S
+            self._each_second(now)
+
+    def _drain(self, now: float) -> None:
+        core, link = self._core, self._link
+        assert link is not None
+        entries: list[Entry] = []
+        for entry in core.buffer.take(_BATCH):
+            if isinstance(entry, Rewind):
+                # In the order in which it happened: old rows, the rollback, rows of the new incarnation.
+                self._record_rows(entries, now)
+                self._record_events(now)
+                entries = []
+                self._pace.rewind()
+                core.last_metrics.clear()
+                core.last_metrics.update(entry.metrics)
+            elif isinstance(entry, StepMark):
+                self._pace.step(entry)
+                self._step_time = entry.time
+            entries.append(entry)
+        self._record_rows(entries, now)
+        for complaint in self._rows.complaints:
+            self._core.complain("metric", complaint)
+        self._rows.complaints.clear()
+        self._record_events(now)
+        if core.tunables_changed.is_set():
+            core.tunables_changed.clear()
+            link.tell(LinkInfo(info=self._info()))
+
+    def _record_rows(self, entries: list[Entry], now: float) -> None:
+        assert self._link is not None
+        made = self._rows.feed(entries)
+        newest = self._rows.newest
+        self._core.last_metrics.update(newest)
+        self._core.own_loss = newest.get("loss", self._core.own_loss)
+        newest.clear()
+        clip = clip_of(self._core.tunables.values()) if made else None
+        for rows in made:
+            self._tally.observe(rows, clip)
+            self._link.record(rows, now)
+
+    def _keep_own_loss(self) -> None:
+        """A rank that does not speak for the run logs nothing but its own loss, for its figures."""
+        for entry in self._core.buffer.take(_BATCH):
+            if not isinstance(entry, StepMark | Rewind):
+                loss = entry[2].get("loss")
+                self._core.own_loss = float(loss) if isinstance(loss, float | int) else self._core.own_loss
+
+    def _dropped(self) -> dict[str, int]:
+        """Lost telemetry by reason, since this attempt began."""
+        buffer, link = self._core.buffer, self._link
+        return {
+            "buffer": buffer.refused,
+            "device": buffer.not_copied + buffer.not_read,
+            "phase": self._core.phases.lost,
+            "value": self._rows.refused_values,
+            "names": self._rows.refused_names,
+            "link": link.lost if link is not None else 0,
+            "size": link.oversize if link is not None else 0,
+        }
+
+    def _record_events(self, now: float) -> None:
+        assert self._link is not None
+        while self._core.events:
+            event = self._core.events.popleft()
+            steering.keep(self._core)  # whoever hears that it is applied may rely on it after a crash, too
+            self._link.record(event, now)
+            self._next_state = now  # whoever hears of an outcome and asks must see what it changed
+
+    def _each_second(self, now: float) -> None:
+        phases_s, self._phases_s = self._phases_s, {}
+        self._pace.phases(time.time(), phases_s)
+        self._figures.report(phases_s)
+        if self._agent is not None:
+            try:
+                self._agent.ensure(now)
+            except OSError as error:
+                log.warning("trainctl: no agent on this node, its GPUs are not shown: %s", error)
+                self._agent = None
+        if self._agent is not None and (address := self._agent.address()) is not None:
+            self._figures.agent(address)
+        if self._link is None:
+            return
+        if (ranks := self._figures.everybody()) is not None:
+            for first in range(0, len(ranks.ranks), _RANKS_A_RECORD):
+                part = ranks.ranks[first : first + _RANKS_A_RECORD]
+                self._link.record(Ranks(incarnation=ranks.incarnation, ranks=part), now)
+        self._tell_agents()
+        self._auto_resume()
+        self._warn_no_step()
+
+    def _tell_agents(self) -> None:
+        assert self._link is not None
+        agents = self._figures.agents()
+        if self._link.connected and (agents != self._told_agents or self._link.connects != self._told_connects):
+            self._told_agents, self._told_connects = agents, self._link.connects
+            self._link.tell(LinkAgents(agents=agents))
+
+    def _tell_state(self) -> None:
+        assert self._link is not None
+        state = self._core.state()
+        if state != self._state_since[0]:
+            self._state_since = (state, time.time())
+        dropped = self._dropped()
+        run = run_state(
+            self._core,
+            self._pace,
+            self._tally,
+            since=self._state_since[1],
+            step_time=self._step_time,
+            dropped=dropped,
+        )
+        self._link.tell(LinkProgress(run=run))
+        for text in self._drop_watch.observe(dropped, time.monotonic()):
+            self._core.lost_telemetry(text)
+
+    def _undo_what_is_due(self) -> None:
+        """Changes on trial whose time is over: undone, unless their condition holds at that boundary."""
+        core = self._core
+        assert self._leader is not None
+        for revert, asked in core.reverts.due(core.boundary.completed, held=core.boundary.held_at is not None):
+            actor = f"{revert.actor} (undone after {revert.command.revert_after} steps)"
+            self._leader.undo(revert.command, actor, due=revert.due, asked=asked)
+
+    def _auto_resume(self) -> None:
+        hold = self._core.hold
+        if hold is None or hold.resumes_at is None or time.time() < hold.resumes_at or self._leader is None:
+            return
+        hold.resumes_at = time.time() + _RESUME_AGAIN_S  # should the ranks find no step for it this time
+        command = Command(id=f"auto-resume-{int(time.time() * 1000)}", action=Resume())
+        self._leader.submit(LinkCommand(command=command, actor=f"{hold.by} (pause --for)", accepted=time.time()))
+
+    def _warn_no_step(self) -> None:
+        core = self._core
+        if self._warned_no_step or core.boundary.completed != core.first_step:
+            return
+        if time.time() - core.started > _NO_STEP_S:
+            self._warned_no_step = True
+            self._core.complain(
+                "no-step",
+                f"no step was completed in {_NO_STEP_S:.0f} s: unless the first takes that long, the script does not "
+                "call run.step_done(). Call it once after each optimizer step; until then every command waits, because "
+                "commands take effect there",
+            )
+
+    def _settle_saves(self, now: float) -> None:
+        for save in [save for save in self._core.saves if save.pending.done()]:
+            self._core.saves.remove(save)
+            if self._link is not None:
+                for event in saved_events(self._core, save):
+                    self._link.record(event, now)
+
+    def _goodbye(self) -> None:
+        if self._link is None:
+            return
+        deadline = time.monotonic() + _GOODBYE_S
+        self._settle_saves(time.monotonic())
+        self._drain(time.monotonic())
+        assert self._bye is not None
+        said = -1  # the connection on which goodbye was said: a hub that comes back, or comes late, hears it too
+        while time.monotonic() < deadline and not (self._link.drained() and said == self._link.connects):
+            if self._link.connected and said != self._link.connects:
+                said = self._link.connects
+                self._tell_state()
+                self._link.tell(self._bye)
+            self._link.tick(time.monotonic())
+            wait_readable(self._link, 0.02)
+        self._link.close()
+
+
+def saved_events(core: Core, save: RunningSave) -> list[Event]:
+    """What a finished save means: the checkpoint's own event, and the outcome of the command that asked for it."""
+    result = save.pending.result()
+    pinned = False
+    if result.error is None and isinstance(save.command, Command) and getattr(save.command.action, "pin", False):
+        try:
+            pin(RunDir(core.identity.directory).checkpoints / save.id, pinned=True)
+            pinned = True
+        except OSError as error:
+            log.warning("trainctl: checkpoint %s was saved and could not be pinned: %s", save.id, error)
+    saved = CheckpointSaved(
+        time=time.time(),
+        step=save.step,
+        incarnation=save.incarnation,
+        id=save.id,
+        bytes=result.bytes,
+        stall_s=result.stall_s,
+        write_s=result.write_s,
+        metrics=save.metrics,
+        pinned=pinned,
+        note=save.note,
+        error=result.error,
+    )
+    events: list[Event] = [saved]
+    if save.command is not None:
+        state, after = ("failed", None) if result.error else ("applied", save.id)
+        events.append(
+            update_of(
+                save.command,
+                save.actor,
+                state,
+                save.step,
+                core.boundary,
+                save.incarnation,
+                core.place.world_size,
+                after=after,
+                reason=result.error,
+            )
+        )
+    return events

@@ -1,0 +1,1 @@
+"""The cockpit: a live run watched and steered from a terminal."""
