@@ -16,7 +16,7 @@ from trainctl.client.session import Session, open_session
 from trainctl.client.watching import watch
 from trainctl.wire.commands import LrScale, LrSet, Pause, SetTunable
 from trainctl.wire.keys import new_keys
-from trainctl.wire.messages import Envelope, Note, Rows, RunInfo, StateChanged
+from trainctl.wire.messages import Envelope, Note, Rows, RunInfo, Snapshot, StateChanged
 
 
 @contextlib.asynccontextmanager
@@ -284,6 +284,18 @@ def test_when_no_hub_comes_back_the_recording_has_the_last_word() -> None:
     with hub() as running:
         running.publish(rows(1, 3))
         asyncio.run(scenario(running))
+
+
+def test_whoever_comes_to_a_run_that_just_ended_still_gets_its_picture() -> None:
+    async def scenario() -> list[object]:
+        async with session_with("run-1") as session, asyncio.timeout(20):
+            return [item async for item in watch(session)]
+
+    with hub() as running:
+        running.publish(rows(1, 1))
+        running.set_state(state="finished")
+        seen = asyncio.run(scenario())
+    assert any(isinstance(item, Snapshot) for item in seen)
 
 
 def test_the_audit_log_comes_as_it_stands_in_the_file() -> None:

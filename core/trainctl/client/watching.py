@@ -35,7 +35,7 @@ async def watch(session: Session, gone_for_good_s: float = GONE_FOR_GOOD_S) -> A
             if isinstance(item, str):
                 return
             yield item
-            if model.ended:
+            if item is not None and model.ended:  # None comes before the item that made the link live
                 return
 
 
