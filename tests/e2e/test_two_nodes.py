@@ -49,6 +49,7 @@ class Cluster:
         ]
         until(lambda: min(self.step(0), self.step(1)) >= 5 or self.over(), 90, what="5 steps")
         assert not self.over(), self.log()
+        until((self.directory / "run.json").exists, 60, what="the hub")  # training does not wait for it
 
     def over(self) -> bool:
         return any(node.poll() is not None for node in self.nodes)
