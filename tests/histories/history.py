@@ -11,7 +11,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -121,8 +121,10 @@ def _truth(history: History) -> Iterator[str]:
     said = {(told.id, told.state, told.step, repr(told.after)): told for told in history.told if not told.own}
     for told in said.values():
         ranks = applied.get(told.id, {})
-        if told.state == "applied" and ranks.keys() != everybody and told.id not in _without_ranks(history):
-            missing = sorted(everybody - ranks.keys())
+        # How an evaluation ended rank 0 tells, when its own has ended.
+        needed = {0} if told.id in _of_commands(history, {"eval"}) else everybody
+        if told.state == "applied" and not needed <= ranks.keys() and told.id not in _of_commands(history, _ALONE):
+            missing = sorted(needed - ranks.keys())
             yield f"{told.operator} was told that {told.id} is applied; ranks {missing} did not"
         if told.state == "applied" and told.step is not None:
             yield from (
@@ -139,13 +141,11 @@ def _truth(history: History) -> Iterator[str]:
             yield f"{name} was told to have failed; every rank applied it"
 
 
-def _without_ranks(history: History) -> set[str]:
-    """Commands that the hub carries out alone."""
-    return {
-        entry["id"]
-        for entry in _entries(history)
-        if entry.get("command") in {"note", "cancel", "checkpoint pin", "checkpoint unpin"}
-    }
+_ALONE = frozenset({"note", "cancel", "checkpoint pin", "checkpoint unpin"})  # the hub carries them out
+
+
+def _of_commands(history: History, names: Collection[str]) -> set[str]:
+    return {entry["id"] for entry in _entries(history) if entry.get("command") in names}
 
 
 def _one_outcome(history: History) -> Iterator[str]:

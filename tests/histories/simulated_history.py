@@ -5,7 +5,7 @@ import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 from history import History, problems
@@ -15,7 +15,7 @@ from simulated_time import World, simulated
 
 from trainctl.hub import desk as desk_module
 from trainctl.store import audit as audit_module
-from trainctl.trainer import actions, boundary, control, core, leader, sender
+from trainctl.trainer import actions, boundary, control, core, evaluation, leader, sender
 from trainctl.trainer.agreement import DOUBT_S
 from trainctl.wire.commands import (
     Abort,
@@ -23,6 +23,7 @@ from trainctl.wire.commands import (
     AddNote,
     Cancel,
     Command,
+    Evaluate,
     Pause,
     Resume,
     Rollback,
@@ -34,7 +35,7 @@ from trainctl.wire.messages import CheckpointInfo
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_SIMULATED = (actions, boundary, control, core, leader, sender, desk_module)
+_SIMULATED = (actions, boundary, control, core, evaluation, leader, sender, desk_module)
 _CHECKPOINT = CheckpointInfo(id="step-1", step=1, incarnation=1, time=0.0, bytes=1)
 ACTS_STEPS = 60  # in which commands and faults fall
 CALM_S = 5.0  # after the last fault, before whatever still trains is ended
@@ -58,6 +59,7 @@ class Lived:
     problems: list[str]
     story: list[str]
     states: dict[str, int] = field(default_factory=dict)
+    inside: int = 0  # commands that took effect between two batches of an evaluation, on rank 0
     applied: int = 0
 
 
@@ -98,6 +100,7 @@ class Scene:
             last_steps=[max(1, steps - (dice.randint(0, 6) if uneven else 0)) for _ in range(ranks)],
             slow=dice.choice((0.0, 0.01, 0.1)),
             fast_until_s=1.5 + self.acts_s,
+            **self._evaluations(ranks),
         )
         self.say(f"{ranks} ranks, steps of {step_s} s, {steps} of them")
         self.disk = Disk(directory)
@@ -118,6 +121,13 @@ class Scene:
     def _hub(self) -> SimulatedHub | None:
         hub = self.link.hub
         return hub if hub is not None and hub.process.alive else None
+
+    def _evaluations(self, ranks: int) -> dict[str, Any]:
+        if (dice := self.dice).random() < 0.4:
+            return {}
+        batches, uneven = dice.randint(1, 12), dice.random() < 0.4
+        each = [batches + (dice.randint(0, 4) if uneven else 0) for _ in range(ranks)]
+        return {"eval_every": dice.choice((0, 2, 5, 9)), "eval_batches": each}
 
     # --- commands
 
@@ -151,7 +161,7 @@ class Scene:
             return Rollback(target="last")
         if kind < 0.93 and self.ids:
             return Cancel(command=dice.choice(self.ids))
-        return dice.choice((Stop(), Abort(), AddNote(text="so it is"), AddNote(text="so it was")))
+        return dice.choice((Stop(), Abort(), Evaluate(), AddNote(text="so it is"), AddNote(text="so it was")))
 
     def _send(self, operator: Operator, command: Command) -> None:
         self.say(f"{operator.name} sends {command}")
@@ -265,6 +275,7 @@ class Scene:
             story=self.story,
             states=states,
             applied=sum(len(rank.actions.applied) for rank in self.job.ranks),
+            inside=self.job.ranks[0].in_evaluations,
         )
 
     def _hangs(self) -> list[str]:

@@ -10,7 +10,8 @@ from typing import Any
 from history import Applied, Fate, RankRecord
 from simulated_time import WALL, Process, World
 
-from trainctl.trainer.actions import Actions, Staged, refusal
+from trainctl.trainer import evaluation
+from trainctl.trainer.actions import Actions, Staged, refusal, save_before_the_end
 from trainctl.trainer.agreement import Outcome, Proposal, Seal
 from trainctl.trainer.boundary import Armed, Boundary
 from trainctl.trainer.buffer import RowBuffer
@@ -23,8 +24,8 @@ from trainctl.trainer.meeting import Connection
 from trainctl.trainer.phases import Phases
 from trainctl.trainer.sender import Sender
 from trainctl.trainer.tunables import Tunables, TunableValue
-from trainctl.wire.commands import Command, Rollback
-from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand
+from trainctl.wire.commands import Command, Evaluate, Rollback
+from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand, Scalar
 
 LEAVE_S = 3.0
 Trap = Callable[[int, str, str], None]
@@ -148,18 +149,22 @@ class RecordingActions(Actions):
     def _apply(self, proposal: Proposal, staged: Staged) -> Outcome:
         step = self._core.boundary.completed
         outcome = super()._apply(proposal, staged)
-        if outcome.ok:
-            self.applied.append(
-                Applied(
-                    id=proposal.command.id,
-                    step=outcome.step,
-                    incarnation=self._core.incarnation,
-                    after=outcome.after,
-                    time=self.now(),
-                )
-            )
+        if outcome.ok and not isinstance(proposal.command.action, Evaluate):
+            self._record(proposal, outcome.step, outcome.after)
             assert outcome.step == step or isinstance(proposal.command.action, Rollback)
         return outcome
+
+    def _evaluate(self, proposal: Proposal) -> bool:
+        complete = super()._evaluate(proposal)
+        if complete:
+            self._record(proposal, self._core.boundary.completed, None)
+        return complete
+
+    def _record(self, proposal: Proposal, step: int, after: Scalar) -> None:
+        incarnation = self._core.incarnation
+        self.applied.append(
+            Applied(id=proposal.command.id, step=step, incarnation=incarnation, after=after, time=self.now())
+        )
 
 
 class FakeCheckpointer:
@@ -191,6 +196,8 @@ class SimulatedRank:
         self.process = Process(f"rank {number}")
         self.fate: Fate = "lives"
         self.rounds = 0
+        self.evaluations = 0
+        self.in_evaluations = 0  # commands that took effect between two batches
         self.last_round = last_step
         self.held_s = 0.0  # for how long it was not let run
         world = job.world
@@ -212,7 +219,7 @@ class SimulatedRank:
             buffer=RowBuffer(),
             phases=Phases(),
             tunables=Tunables(),
-            callbacks=Callbacks(),
+            callbacks=Callbacks(on_eval=self._on_eval),
         )
         self.core.checkpointer = FakeCheckpointer(self.core, world.dice)  # type: ignore[assignment]
         for name in ("x", "y"):
@@ -249,6 +256,9 @@ class SimulatedRank:
                 boundary.reached, boundary.step_s = world.now, job.step_s
                 if world.dice.random() < 0.1:
                     world.hiccup()
+                if job.eval_every and boundary.completed % job.eval_every == 0:
+                    evaluation.evaluate(self.core)
+                    save_before_the_end(self.core)
                 if boundary.armed is not None:
                     self.actions.meet()
         except Exception as error:
@@ -260,6 +270,27 @@ class SimulatedRank:
             self._leave()
             if self.fate == "lives":
                 self.fate = "left"
+
+    def _on_eval(self) -> dict[str, float]:
+        """Batches, not as many on each rank, and then a collective, as where losses are averaged."""
+        world, job, done = self.job.world, self.job, 0
+        batches = evaluation.batches(self.core, range(job.eval_batches[self.number]), self._meet_inside)
+        for _ in batches:
+            world.sleep(job.step_s * world.dice.uniform(0.2, 0.6))
+            done += 1
+        self.evaluations += 1
+
+        def together() -> bool:
+            return all(other.evaluations >= self.evaluations or other.core.boundary.closed for other in job.ranks)
+
+        if not together():
+            world.wait(together, None)
+        return {"val_loss": 1.0 / done}  # as a script's mean would, it fails where the batches ended before the first
+
+    def _meet_inside(self) -> None:
+        before = len(self.actions.applied)
+        self.actions.meet(inside=True)
+        self.in_evaluations += len(self.actions.applied) - before
 
     def _collective(self) -> None:
         """Nobody begins step k + 1 before all have done step k; who left shadows the others, as under `Join`."""
@@ -295,8 +326,12 @@ class SimulatedJob:
         fast_until_s: float,
         last_steps: Sequence[int],
         slow: float,
+        eval_every: int = 0,
+        eval_batches: Sequence[int] = (),
     ) -> None:
         self.world = world
+        self.eval_every = eval_every
+        self.eval_batches = eval_batches or [2] * ranks
         self.directory = directory
         self.world_size = ranks
         self._step_s = step_s

@@ -7,6 +7,7 @@ So a run of seconds takes milliseconds, and the same seed gives the same history
 
 import contextlib
 import heapq
+import queue
 import random
 import threading
 import traceback
@@ -233,9 +234,11 @@ class Queue:
     def put(self, item: Any) -> None:
         self._items.append(item)
 
-    def get(self) -> Any:
+    def get(self, timeout: float | None = None) -> Any:
         if not self._items:
-            world().wait(lambda: bool(self._items), None)
+            world().wait(lambda: bool(self._items), timeout)
+        if not self._items:
+            raise queue.Empty
         return self._items.popleft()
 
 
@@ -264,7 +267,7 @@ class Threading:
 
 
 class Queues:
-    SimpleQueue = Queue
+    SimpleQueue, Empty = Queue, queue.Empty
 
 
 class Time:

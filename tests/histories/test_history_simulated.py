@@ -13,6 +13,7 @@ import pytest
 from simulated_history import Lived, default_directory, live
 
 from trainctl.trainer import control
+from trainctl.trainer.agreement import Position
 from trainctl.trainer.boundary import Armed
 
 COUNT = 1000
@@ -33,13 +34,15 @@ def told(lived: Lived) -> str:
 
 def test_no_command_is_half_applied_lost_or_lied_about(directory: Path) -> None:
     states: Counter[str] = Counter()
-    applied = 0
+    applied = inside = 0
     for seed in range(COUNT):
         lived = live(seed, directory)
         assert not lived.problems, told(lived)
         states.update(lived.states)
         applied += lived.applied
+        inside += lived.inside
     assert applied > COUNT, "and a good part of the commands came through"
+    assert inside > COUNT / 10, "some of them between two batches of an evaluation"
     assert states.keys() >= {"applied", "rejected", "expired", "failed", "unknown"}, "every kind of outcome is met"
 
 
@@ -59,8 +62,8 @@ def _unfaithful(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     else:
         honest = control.answer
 
-        def never_late(step: int, *, completed: int, held_at: int | None, refusal: str | None) -> object:
-            return honest(step, completed=min(completed, step - 1), held_at=held_at, refusal=refusal)
+        def never_late(proposed: Position, *, at: Position, held_at: Position | None, refusal: str | None) -> object:
+            return honest(proposed, at=min(at, Position(proposed.step - 1)), held_at=held_at, refusal=refusal)
 
         monkeypatch.setattr(control, "answer", never_late)
 

@@ -1,6 +1,6 @@
 """Trains next to nothing, in step with the other ranks, and writes down every command as it is applied.
 
-usage: steered.py OUTPUT [--sleep S] [--steps N]
+usage: steered.py OUTPUT [--sleep S] [--steps N] [--eval-every N]
 """
 
 import argparse
@@ -34,11 +34,24 @@ def record_what_is_applied(path: Path, run_of: "list[Run]") -> None:
     Actions._apply = apply  # type: ignore[method-assign]
 
 
+def evaluate(run: Run, path: Path, *, batches: int) -> dict[str, float]:
+    """Batches of 50 ms, not as many on each rank, whose number is then averaged over the ranks."""
+    seen = torch.zeros(1)
+    with path.open("a") as file:
+        for batch in run.eval_batches(range(batches)):
+            time.sleep(0.05)
+            seen += 1
+            print(json.dumps({"step": run.step, "batch": batch, "time": time.time()}), file=file, flush=True)
+    dist.all_reduce(seen)
+    return {"val_loss": float(seen)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--sleep", type=float, default=0.01)
+    parser.add_argument("--eval-every", type=int)
     given = parser.parse_args()
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo")
@@ -53,7 +66,8 @@ def main() -> None:
         optimizer=optimizer,
         loader=DataLoader(TensorDataset(torch.randn(64, 4)), batch_size=8),
         total_steps=given.steps,
-        on_eval=lambda: {"val_loss": 1.0},
+        on_eval=lambda: evaluate(runs[0], given.output / f"eval-{rank}.jsonl", batches=40 + 5 * rank),
+        eval_every=given.eval_every,
     )
     runs.append(run)
     x = run.tunable("x", 0.0)

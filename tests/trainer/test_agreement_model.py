@@ -1,8 +1,9 @@
-"""Every interleaving of one proposal, walked through: all ranks apply it at its step, or none does, and nobody hangs.
+"""Every interleaving of one proposal, walked through: all ranks apply it at its boundary, or none does, nobody hangs.
 
 The model has what can interleave: each control thread arms, then reads how far training is; each training thread
-counts a step, then reads whether something is armed; rank 0 decides; a rank at its boundary may lose patience. Ranks
-are tied by a collective in each step, as in DDP: nobody completes step k before all have completed step k - 1.
+goes to its next boundary, then reads whether something is armed; rank 0 decides; a rank at its boundary may lose
+patience. Ranks are tied by a collective in each step, as in DDP, and by one behind each evaluation: nobody goes on
+before all have come as far. Behind step 1 there is an evaluation, of other lengths on other ranks.
 """
 
 from collections.abc import Iterator
@@ -10,26 +11,50 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from trainctl.trainer.agreement import Answer, answer, judge
+from trainctl.trainer.agreement import Answer, Position, answer, judge
 
 LAST = 4
 
 
 @dataclass(frozen=True)
+class Place:
+    """One stop on a rank's way. `looks`: whether the training thread reads there what is armed, and from where."""
+
+    at: Position
+    looks: bool = True
+    inside: bool = False
+    behind: int = 0  # how many collectives lie before it
+
+
+def way(batches: int | None) -> list[Place]:
+    """What a rank passes; with `batches` None there is no evaluation."""
+    if batches is None:
+        return [Place(Position(step), behind=max(0, step)) for step in range(LAST + 1)]
+    begun = Position(1).begins()
+    places = [Place(Position(0)), Place(Position(1), looks=False, behind=1), Place(begun, looks=False, behind=1)]
+    places += [Place(Position(1, begun.mark + done), inside=True, behind=1) for done in range(1, batches + 1)]
+    places += [
+        Place(begun.ends(), inside=True, behind=1),
+        Place(begun.ends(), behind=2),
+    ]  # then the step's own boundary
+    return places + [Place(Position(step), behind=step + 1) for step in range(2, LAST + 1)]
+
+
+@dataclass(frozen=True)
 class Rank:
-    completed: int = 0
-    looking: bool = False  # counted a step, has not yet read what is armed
+    passed: int = 0
+    looking: bool = False  # went on, has not yet read what is armed
     armed: bool = False
     given: Answer | None = None
     waiting: bool = False  # at its armed boundary
-    applied: int | None = None
+    applied: Position | None = None
 
 
 @dataclass(frozen=True)
 class World:
     ranks: tuple[Rank, ...]
+    proposed: Position
     decision: str | None = None
-    step: int = 2
 
     def with_rank(self, index: int, rank: Rank) -> "World":
         return replace(self, ranks=(*self.ranks[:index], rank, *self.ranks[index + 1 :]))
@@ -40,60 +65,92 @@ def decided(world: World, wanted: str) -> World:
     return world if world.decision else replace(world, decision=wanted)
 
 
-def control_moves(world: World, index: int) -> Iterator[World]:
-    rank = world.ranks[index]
-    if rank.given is None and not rank.armed:
-        yield world.with_rank(index, replace(rank, armed=True))
-    if rank.given is None and rank.armed:
-        given = answer(world.step, completed=rank.completed, held_at=None, refusal=None)
-        yield world.with_rank(index, replace(rank, given=given))
+class Model:
+    """`ways`: what each rank passes."""
+
+    def __init__(self, ways: list[list[Place]]) -> None:
+        self.ways = ways
+
+    def place(self, world: World, index: int) -> Place:
+        return self.ways[index][world.ranks[index].passed]
+
+    def moves(self, world: World) -> Iterator[World]:
+        answers = [rank.given for rank in world.ranks]
+        if world.decision is None and all(given is not None for given in answers):
+            verdict, _ = judge([given for given in answers if given is not None])
+            yield decided(world, "go" if verdict == "go" else "abort")
+        for index in range(len(world.ranks)):
+            yield from self.control_moves(world, index)
+            yield from self.training_moves(world, index)
+
+    def control_moves(self, world: World, index: int) -> Iterator[World]:
+        rank = world.ranks[index]
+        if rank.given is None and not rank.armed:
+            yield world.with_rank(index, replace(rank, armed=True))
+        if rank.given is None and rank.armed:
+            given = answer(world.proposed, at=self.place(world, index).at, held_at=None, refusal=None)
+            yield world.with_rank(index, replace(rank, given=given))
+
+    def training_moves(self, world: World, index: int) -> Iterator[World]:
+        rank, place = world.ranks[index], self.place(world, index)
+        if rank.waiting:
+            if world.decision is None:
+                yield decided(world, "abort")  # patience ran out
+            else:
+                applied = world.proposed if world.decision == "go" else None
+                yield world.with_rank(index, replace(rank, waiting=False, armed=False, applied=applied))
+        elif rank.looking:
+            meets = rank.armed and place.looks and place.at.meets(world.proposed)
+            meets = meets and not (place.inside and not world.proposed.mark)
+            yield world.with_rank(index, replace(rank, looking=False, waiting=meets))
+        elif rank.passed + 1 < len(self.ways[index]) and self.may_go_on(world, index):
+            yield world.with_rank(index, replace(rank, passed=rank.passed + 1, looking=True))
+
+    def may_go_on(self, world: World, index: int) -> bool:
+        """Whether all others have reached the collectives that lie before the next stop."""
+        following = self.ways[index][world.ranks[index].passed + 1].behind
+        return all(self.reaches(world, other) >= following for other in range(len(world.ranks)) if other != index)
+
+    def reaches(self, world: World, index: int) -> int:
+        """How many collectives a rank has entered: the one before its next stop, once it has nothing else to do."""
+        rank, mine = world.ranks[index], self.ways[index]
+        here = mine[rank.passed].behind
+        if rank.waiting or rank.looking or rank.passed + 1 == len(mine):
+            return here
+        return max(here, mine[rank.passed + 1].behind)
 
 
-def training_moves(world: World, index: int) -> Iterator[World]:
-    rank = world.ranks[index]
-    if rank.waiting:
-        if world.decision is None:
-            yield decided(world, "abort")  # patience ran out
-        else:
-            applied = world.step if world.decision == "go" else None
-            yield world.with_rank(index, replace(rank, waiting=False, armed=False, applied=applied))
-    elif rank.looking:
-        meets = rank.armed and rank.completed == world.step
-        yield world.with_rank(index, replace(rank, looking=False, waiting=meets))
-    elif rank.completed < LAST and all(other.completed >= rank.completed for other in world.ranks):
-        yield world.with_rank(index, replace(rank, completed=rank.completed + 1, looking=True))
-
-
-def leader_moves(world: World) -> Iterator[World]:
-    answers = [rank.given for rank in world.ranks]
-    if world.decision is None and all(given is not None for given in answers):
-        verdict, _ = judge([given for given in answers if given is not None])
-        yield decided(world, "go" if verdict == "go" else "abort")
-
-
-def moves(world: World) -> Iterator[World]:
-    yield from leader_moves(world)
-    for index in range(len(world.ranks)):
-        yield from control_moves(world, index)
-        yield from training_moves(world, index)
-
-
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_in_every_interleaving_all_ranks_apply_at_the_step_or_none_does(ranks: int) -> None:
-    start = World(ranks=(Rank(),) * ranks)
+def walk(ways: list[list[Place]], proposed: Position) -> set[str]:
+    """Go through all interleavings; the decisions that were met."""
+    model, start = Model(ways), World(ranks=(Rank(),) * len(ways), proposed=proposed)
     seen, todo = {start}, [start]
     outcomes: set[str] = set()
     while todo:
         world = todo.pop()
-        following = [found for found in moves(world) if found != world]
+        following = [found for found in model.moves(world) if found != world]
         if not following:
-            assert all(rank.completed == LAST for rank in world.ranks), f"somebody hangs: {world}"
+            ended = all(rank.passed + 1 == len(mine) for rank, mine in zip(world.ranks, ways, strict=True))
+            assert ended, f"somebody hangs: {world}"
             applied = {rank.applied for rank in world.ranks}
             assert len(applied) == 1, f"half a command: {world}"
-            assert (applied == {world.step}) == (world.decision == "go")
+            assert (applied == {proposed}) == (world.decision == "go")
             outcomes.add(str(world.decision))
         for found in following:
             if found not in seen:
                 seen.add(found)
                 todo.append(found)
+    return outcomes
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_in_every_interleaving_all_ranks_apply_at_the_step_or_none_does(ranks: int) -> None:
+    outcomes = walk([way(None)] * ranks, Position(2))
     assert outcomes == {"go", "abort"}, "both ends are reached, or the model shows nothing"
+
+
+@pytest.mark.parametrize("batches", [(2,), (2, 2), (1, 3), (3, 1), (0, 2)])
+def test_behind_a_batch_of_an_evaluation_too_however_many_each_rank_has(batches: tuple[int, ...]) -> None:
+    begun = Position(1).begins()
+    for proposed in (Position(1), Position(2), Position(1, begun.mark + 1), Position(1, begun.mark + 2)):
+        outcomes = walk([way(count) for count in batches], proposed)
+        assert outcomes == {"go", "abort"}, proposed

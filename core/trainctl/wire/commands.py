@@ -155,7 +155,8 @@ class Spec(Struct, frozen=True, kw_only=True):
     """What the registry knows of one command.
 
     `capability` is the name under which a run says whether it supports the command; `by` is who carries it out:
-    all ranks at one boundary, the hub alone, or the nodes' agents at once.
+    all ranks at one boundary, the hub alone, or the nodes' agents at once. `inside`: the boundary may lie between two
+    batches of an evaluation; others wait for its end, because the script may have swapped its weights.
     """
 
     action: type[Act]
@@ -165,6 +166,7 @@ class Spec(Struct, frozen=True, kw_only=True):
     summary: str
     key: str | None = None
     asks_first: bool = False
+    inside: bool = False
 
     @property
     def name(self) -> str:
@@ -178,6 +180,7 @@ REGISTRY: dict[str, Spec] = {
             action=Pause,
             role="operator",
             by="ranks",
+            inside=True,
             capability="pause",
             key="P",
             summary="hold every rank at the next boundary",
@@ -186,6 +189,7 @@ REGISTRY: dict[str, Spec] = {
             action=Resume,
             role="operator",
             by="ranks",
+            inside=True,
             capability="pause",
             key="P",
             summary="go on after a pause",
@@ -194,15 +198,17 @@ REGISTRY: dict[str, Spec] = {
             action=LrScale,
             role="operator",
             by="ranks",
+            inside=True,
             capability="lr",
             key="L",
             summary="multiply the scheduled learning rate",
         ),
-        Spec(action=LrSet, role="operator", by="ranks", capability="lr", summary="pin the learning rate"),
+        Spec(action=LrSet, role="operator", by="ranks", inside=True, capability="lr", summary="pin the learning rate"),
         Spec(
             action=LrRelease,
             role="operator",
             by="ranks",
+            inside=True,
             capability="lr",
             summary="give the learning rate back to the schedule",
         ),
@@ -210,6 +216,7 @@ REGISTRY: dict[str, Spec] = {
             action=SetTunable,
             role="operator",
             by="ranks",
+            inside=True,
             capability="set",
             key="T",
             summary="change a tunable of the script, or an optimizer's weight decay, momentum or betas",
@@ -257,6 +264,7 @@ REGISTRY: dict[str, Spec] = {
             action=Stop,
             role="operator",
             by="ranks",
+            inside=True,
             capability="stop",
             key="S",
             asks_first=True,
@@ -266,6 +274,7 @@ REGISTRY: dict[str, Spec] = {
             action=Abort,
             role="operator",
             by="ranks",
+            inside=True,
             capability="stop",
             asks_first=True,
             summary="end the training without saving",

@@ -3,14 +3,13 @@
 `refusal` says beforehand why a rank cannot; `stage` does what may fail and touches nothing; `apply` is assignment.
 """
 
-import contextlib
 import time
 from dataclasses import dataclass
 
 import msgspec
 import torch
 
-from trainctl.trainer.agreement import DOUBT_S, Outcome, Proposal
+from trainctl.trainer.agreement import DOUBT_S, Outcome, Position, Proposal
 from trainctl.trainer.boundary import Armed
 from trainctl.trainer.buffer import Rewind
 from trainctl.trainer.changes import Changes, condition_values
@@ -18,6 +17,8 @@ from trainctl.trainer.checkpoint import CheckpointError, Loaded
 from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
 from trainctl.trainer.control import Control, InDoubt
 from trainctl.trainer.core import Core, Hold, RunningSave
+from trainctl.trainer.evaluation import evaluate
+from trainctl.trainer.leader import update_of
 from trainctl.trainer.steering import is_field, problem_with
 from trainctl.wire.commands import (
     Abort,
@@ -60,19 +61,21 @@ class Actions:
         self._core = core
         self._control = control
         self._changes = Changes(core)
+        self._held_at: Position | None = None  # the pause in which an evaluation was asked for
 
-    def meet(self) -> None:
+    def meet(self, *, inside: bool = False) -> None:
         """Act on what is armed for this boundary; while the run is paused, stay here.
 
-        Raises `control.InDoubt`, or what applying raised: half a command is worse than a stopped job.
+        `inside` an evaluation only what was proposed for one of its batches is met. Raises `control.InDoubt`, or what
+        applying raised: half a command is worse than a stopped job.
         """
         core = self._core
-        self._meet_one()
+        self._meet_one(inside=inside)
         unreachable_since: float | None = None
         while core.hold is not None and core.ending is None:
             core.boundary.wake.wait(_HOLD_POLL_S)
             core.boundary.wake.clear()
-            self._meet_one()
+            self._meet_one(inside=inside)
             if self._control.is_alive():
                 continue
             unreachable_since = unreachable_since or time.monotonic()
@@ -83,11 +86,13 @@ class Actions:
                     "could ever resume it. Go on from the last good checkpoint"
                 )
 
-    def _meet_one(self) -> None:
+    def _meet_one(self, *, inside: bool) -> None:
         boundary = self._core.boundary
         armed = boundary.armed
-        if armed is None or armed.proposal.step != boundary.completed:
+        if armed is None or not boundary.position.meets(armed.proposal.position):
             return
+        if inside and not armed.proposal.mark:
+            return  # it is for the boundary of the step, behind this evaluation
         going = self._control.going(armed)
         boundary.disarm(armed)
         if not going:
@@ -98,8 +103,35 @@ class Actions:
             armed.finish(Outcome(ok=False, step=boundary.completed, reason=f"{type(error).__name__}: {error}"))
             raise
         # Before the outcome is told: the next proposal looks at it.
-        boundary.held_at = boundary.completed if self._core.hold is not None else None
+        here = armed.proposal.position if inside else Position(boundary.completed)
+        boundary.held_at = here if self._core.hold is not None else self._held_at
         armed.finish(outcome)
+        if outcome.pending and isinstance(armed.proposal.command.action, Evaluate):
+            self._evaluate(armed.proposal)
+
+    def _evaluate(self, proposal: Proposal) -> bool:
+        """After the agreement on it is over, so that others may act meanwhile; how it ended rank 0 tells."""
+        core, boundary = self._core, self._core.boundary
+        # A paused run evaluates when asked to, and stays where it is held; inside it may be paused once more.
+        hold, core.hold = core.hold, None
+        self._held_at = boundary.held_at
+        complete = evaluate(core)
+        core.hold, boundary.held_at, self._held_at = hold, self._held_at, None
+        save_before_the_end(core)
+        reason = None if complete else f"left before it was complete: stopped by {core.ended_by}"
+        core.event(
+            update_of(
+                proposal.command,
+                proposal.actor,
+                "applied" if complete else "failed",
+                core.boundary.completed,
+                core.boundary,
+                core.incarnation,
+                core.place.world_size,
+                reason=reason,
+            )
+        )
+        return complete
 
     def _two_phases(self, armed: Armed) -> Outcome:
         staged = self._stage(armed.proposal)
@@ -151,29 +183,32 @@ class Actions:
         match action:
             case Pause() | Resume():
                 before, after = self._hold(action, proposal.actor)
-            case LrScale() | LrSet() | LrRelease():
-                before, after = self._changes.override(action, proposal, replaced)
-            case SetTunable(name=name) if is_field(core, name):
-                before, after = self._changes.override(action, proposal, replaced)
-            case SetTunable():
+            case SetTunable(name=name) if not is_field(core, name):
                 before, after = self._changes.set(action, proposal, replaced)
+            case LrScale() | LrSet() | LrRelease() | SetTunable():
+                before, after = self._changes.override(action, proposal, replaced)
             case CheckpointSave(note=note):
                 return self._save(proposal, note)
             case Evaluate():
-                evaluate(core)
+                return Outcome(ok=True, step=step, pending=True)
             case Rollback():
                 assert staged.loaded is not None
                 before, after = roll_back(core, staged.loaded, action, proposal)
-            case Stop():
-                before, after, core.ending, core.ended_by = core.state(), "stopped", "stopped", proposal.actor
-                if core.checkpointer is not None:
-                    begin_save(core, note=f"stopped by {proposal.actor}")
-            case Abort():
-                before, after, core.ending, core.ended_by = core.state(), "stopped", "stopped", proposal.actor
+            case Stop() | Abort():
+                before, after = self._end(action, proposal)
             case _:
                 return Outcome(ok=False, step=step, reason=f"this trainer does not know {spec_of(action).name!r}")
         trial = core.reverts.get(proposal.command.id)
         return Outcome(ok=True, step=step, before=before, after=after, reason=trial.words() if trial else None)
+
+    def _end(self, action: Act, proposal: Proposal) -> tuple[Scalar, Scalar]:
+        core, before = self._core, self._core.state()
+        core.ending, core.ended_by = "stopped", proposal.actor
+        if isinstance(action, Stop) and core.checkpointer is not None:
+            core.last_save = f"stopped by {proposal.actor}"
+            if not proposal.mark:  # else behind the evaluation, which may have swapped weights
+                save_before_the_end(core)
+        return before, "stopped"
 
     def _hold(self, action: Act, actor: str) -> tuple[Scalar, Scalar]:
         core, before = self._core, self._core.state()
@@ -226,43 +261,6 @@ def unmet(core: Core, command: Command) -> str | None:
     return f"the condition {command.condition!r} does not hold: {found}"
 
 
-def evaluate(core: Core) -> None:
-    """Run the script's evaluation and log what it returns under the step just completed."""
-    if core.callbacks.on_eval is None:
-        return
-    core.doing = "evaluating"
-    started = time.perf_counter()
-    # An evaluation may swap weights, as EMA does.
-    writing = core.overrides.expected_writes() if core.overrides is not None else contextlib.nullcontext()
-    try:
-        with writing:
-            metrics = core.callbacks.on_eval()
-    finally:
-        core.doing = None
-        core.phases.add("eval", time.perf_counter() - started)
-    if metrics is not None:
-        numbers = _numbers(core, metrics)
-        core.last_metrics.update(numbers)
-        core.log(core.boundary.completed, numbers)
-
-
-def _numbers(core: Core, returned: object) -> dict[str, float]:
-    """What an evaluation returned, as far as it is numbers by name; what is not is told of, and raises nothing."""
-    numbers: dict[str, float] = {}
-    try:
-        items = [(str(name), value) for name, value in dict(returned).items()]  # type: ignore[call-overload]
-    except Exception:  # noqa: BLE001 - a script may return anything, of a class that raises anything
-        what = type(returned).__name__
-        core.complain("metric", f"on_eval returned a {what}, no metrics by name: return a dict of floats, or None")
-        return numbers
-    for name, value in items:
-        try:
-            numbers[name] = float(value)
-        except Exception:  # noqa: BLE001 - the same
-            core.complain("metric", f"on_eval returned {name!r} as a {type(value).__name__}: it is no number, left out")
-    return numbers
-
-
 def begin_save(core: Core, *, note: str | None = None, command: Command | None = None, actor: str = "") -> RunningSave:
     """Copy the state and start writing it. Every rank does this at the same boundary, so all make the same id."""
     assert core.checkpointer is not None
@@ -296,6 +294,13 @@ def begin_save(core: Core, *, note: str | None = None, command: Command | None =
     )
     core.saves.append(save)
     return save
+
+
+def save_before_the_end(core: Core) -> None:
+    """The checkpoint that a stop promised, once no evaluation is under way."""
+    if core.last_save is not None:
+        note, core.last_save = core.last_save, None
+        begin_save(core, note=note)
 
 
 def roll_back(core: Core, loaded: Loaded, action: Rollback, proposal: Proposal) -> tuple[Scalar, Scalar]:

@@ -12,7 +12,7 @@ one decision key has neither (checked by tests/trainer/test_agreement_model.py o
 """
 
 import hmac
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import msgspec
 from msgspec import Struct
@@ -26,8 +26,48 @@ DOUBT_S = 30.0
 FIRST_MARGIN = 2
 _SKEW_S = 0.005
 _MAC_BYTES = 16
+_HALF = 32
+_BATCHES = (1 << _HALF) - 1
 
 GO, ABORT, COMMIT, CANCEL = b"go", b"abort", b"commit", b"cancel"
+
+
+class Position(NamedTuple):
+    """A boundary, or where a rank is; they come one after another in this order on every rank.
+
+    `mark` 0 is the boundary of `step`. Above 0 it lies in an evaluation there: the upper half counts the evaluations
+    of this step from 1, the lower half (`_BATCHES`) the batches that are done, or says that the evaluation is over.
+    """
+
+    step: int
+    mark: int = 0
+
+    @property
+    def evaluating(self) -> bool:
+        return self.mark != 0 and self.mark & _BATCHES != _BATCHES
+
+    @property
+    def batch(self) -> int:
+        """How many batches of the evaluation are done."""
+        return self.mark & _BATCHES
+
+    def begins(self) -> "Position":
+        """The next evaluation of this step begins."""
+        return Position(self.step, ((self.mark >> _HALF) + 1) << _HALF)
+
+    def ends(self) -> "Position":
+        """The evaluation is over: behind all of its batches, however many another rank may have."""
+        return Position(self.step, self.mark | _BATCHES)
+
+    def meets(self, proposed: "Position") -> bool:
+        """Whether the training thread, here, is at this boundary.
+
+        The boundary of a step also comes behind an evaluation that belongs to it. A rank whose batches ran out meets
+        the boundary of a batch that it does not have at its end: it has begun nothing that others would wait for.
+        """
+        if self.step != proposed.step or self.evaluating:
+            return self == proposed
+        return proposed.mark == 0 or (self.mark == proposed.mark | _BATCHES)
 
 
 class Proposal(Struct, frozen=True, kw_only=True):
@@ -37,6 +77,7 @@ class Proposal(Struct, frozen=True, kw_only=True):
     command: Command
     actor: str
     step: int
+    mark: int = 0  # see `Position`
     two_phase: bool = False
     checkpoint: str | None = None
     incarnation: int = 0
@@ -44,11 +85,20 @@ class Proposal(Struct, frozen=True, kw_only=True):
     undo: str | None = None  # the id of a change on trial whose time is over
     leaving: int | None = None  # no command: this rank left its loop, so there are no common boundaries any more
 
+    @property
+    def position(self) -> Position:
+        return Position(self.step, self.mark)
+
 
 class Answer(Struct, frozen=True, kw_only=True):
     verdict: Literal["ready", "late", "refused"]
     step: int
+    mark: int = 0
     reason: str | None = None
+
+    @property
+    def position(self) -> Position:
+        return Position(self.step, self.mark)
 
 
 class Outcome(Struct, frozen=True, kw_only=True):
@@ -71,13 +121,12 @@ class Outcome(Struct, frozen=True, kw_only=True):
 Verdict: TypeAlias = Literal["go", "again", "refused"]
 
 
-def answer(proposed_step: int, *, completed: int, held_at: int | None, refusal: str | None) -> Answer:
+def answer(proposed: Position, *, at: Position, held_at: Position | None, refusal: str | None) -> Answer:
     """A rank's answer after it armed itself: whoever is at or past the boundary is late, unless it is held there."""
     if refusal is not None:
-        return Answer(verdict="refused", step=completed, reason=refusal)
-    if completed >= proposed_step and held_at != proposed_step:
-        return Answer(verdict="late", step=completed)
-    return Answer(verdict="ready", step=completed)
+        return Answer(verdict="refused", step=at.step, mark=at.mark, reason=refusal)
+    late = at >= proposed and held_at != proposed
+    return Answer(verdict="late" if late else "ready", step=at.step, mark=at.mark)
 
 
 def judge(answers: list[Answer]) -> tuple[Verdict, str | None]:
@@ -89,10 +138,22 @@ def judge(answers: list[Answer]) -> tuple[Verdict, str | None]:
     return ("go" if all(given.verdict == "ready" for given in answers) else "again"), None
 
 
-def next_margin(margin: int, proposed_step: int, answers: list[Answer]) -> int:
-    """How far ahead to propose next: twice as far as the latest rank had run past, and one more."""
-    behind = max((given.step - proposed_step for given in answers if given.verdict == "late"), default=0)
-    return min(1000, margin + 2 * behind + 1)
+def next_margin(margin: int, proposed: Position, answers: list[Answer]) -> int:
+    """How far ahead to propose next: twice as far as the latest rank had run past, and one more.
+
+    Ahead in steps, or in batches inside an evaluation; one that is over on some rank says nothing of how far.
+    """
+    late = [given.position for given in answers if given.verdict == "late"]
+    if proposed.mark:
+        behind = max((at.mark - proposed.mark for at in late if at.step == proposed.step and at.evaluating), default=0)
+    else:
+        behind = max((at.step - proposed.step for at in late), default=0)
+    return min(1000, margin + 2 * min(behind, 1000) + 1)
+
+
+def left_evaluation(given: Answer) -> bool:
+    """Whether a rank was late because it has no evaluation under way, where one was proposed for."""
+    return given.verdict == "late" and not given.position.evaluating
 
 
 def eased(margin: int) -> int:
@@ -109,9 +170,12 @@ def fitted(margin: int, *, step_s: float, since_s: float, agreement_s: float) ->
     return 1 if margin == FIRST_MARGIN and step_s - since_s > 2 * agreement_s + _SKEW_S else margin
 
 
-def boundary_for(completed: int, margin: int, held_at: int | None) -> int:
-    """The step to propose: where a pause holds everybody, or `margin` steps ahead."""
-    return held_at if held_at is not None else completed + margin
+def boundary_for(at: Position, margin: int, held_at: Position | None, *, inside: bool = False) -> Position:
+    """What to propose: where a pause holds everybody, or `margin` steps ahead; batches `inside` an evaluation."""
+    inside = inside and at.evaluating
+    if held_at is not None and (held_at.mark or not inside):
+        return held_at
+    return Position(at.step, at.mark + margin) if inside else Position(at.step + margin)
 
 
 class Seal:

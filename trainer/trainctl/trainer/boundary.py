@@ -6,12 +6,15 @@ comes second sees the other, so a proposal is either met or known to be late.
 """
 
 import threading
+import time
 from typing import TYPE_CHECKING
 
-from trainctl.trainer.agreement import GO, PATIENCE_S, Outcome, Proposal
+from trainctl.trainer.agreement import GO, PATIENCE_S, Outcome, Position, Proposal
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+_new = tuple.__new__  # a NamedTuple's own constructor costs half a microsecond, and this is done at each step
 
 
 class Armed:
@@ -60,14 +63,37 @@ class Boundary:
     """How far this rank is, and what waits for it there."""
 
     def __init__(self) -> None:
-        self.completed = 0
+        self.position = Position(0)  # one attribute, so that no thread reads half of it
         self.reached = 0.0  # when the last step was completed, on time.perf_counter's clock; 0 before the first
         self.step_s = 0.0  # how long it took
-        self.held_at: int | None = None
+        self.held_at: Position | None = None
         self.armed: Armed | None = None
         self.closed = False
         self.withdraw: Callable[[Armed], None] | None = None  # asks the others to drop what is not decided
         self.wake = threading.Event()
+
+    @property
+    def completed(self) -> int:
+        """Completed steps."""
+        return self.position[0]
+
+    @completed.setter
+    def completed(self, step: int) -> None:
+        self.position = _new(Position, (step, 0))
+
+    def begin_evaluation(self) -> None:
+        self.position = self.position.begins()
+
+    def next_batch(self) -> None:
+        """One more batch of the evaluation is done."""
+        step, mark = self.position
+        now = time.perf_counter()
+        self.reached, self.step_s = now, now - self.reached
+        self.position = Position(step, mark + 1)
+
+    def end_evaluation(self) -> None:
+        if self.position.evaluating:
+            self.position = self.position.ends()
 
     def arm(self, armed: Armed) -> None:
         self.armed = armed

@@ -118,7 +118,7 @@ class Control(threading.Thread):
             boundary.arm(armed)
             if boundary.closed:
                 refusal = "the run has ended"
-        given = answer(proposal.step, completed=boundary.completed, held_at=boundary.held_at, refusal=refusal)
+        given = answer(proposal.position, at=boundary.position, held_at=boundary.held_at, refusal=refusal)
         self.put(f"a/{number}/{self._rank}", encode(given))
         self._waiting.wait([f"d/{number}"])
         armed.decide(self._waiting.get(f"d/{number}") or ABORT)

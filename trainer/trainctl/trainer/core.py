@@ -86,6 +86,8 @@ class Core:
     doing: RunStateName | None = None
     ending: RunStateName | None = None
     ended_by: str | None = None
+    last_save: str | None = None  # the note of a checkpoint that is still to be made before the run ends
+    held_s: float = 0.0  # how long boundaries inside the evaluation took
     row_step: int = 1
     first_step: int = 0
     resumed_from: str | None = None

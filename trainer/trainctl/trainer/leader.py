@@ -4,8 +4,10 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from trainctl.trainer.agreement import (
     ABORT,
@@ -16,6 +18,7 @@ from trainctl.trainer.agreement import (
     TRIES,
     Answer,
     Outcome,
+    Position,
     Proposal,
     boundary_for,
     decode_answer,
@@ -25,12 +28,13 @@ from trainctl.trainer.agreement import (
     encode,
     fitted,
     judge,
+    left_evaluation,
     next_margin,
 )
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.meeting import Connection, StoreSilent
 from trainctl.trainer.reverts import LEAD_LIMIT
-from trainctl.wire.commands import Command, args_of
+from trainctl.wire.commands import Command, Resume, args_of, spec_of
 from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand
 
 log = logging.getLogger(__name__)
@@ -38,6 +42,9 @@ log = logging.getLogger(__name__)
 _ANSWERS_S = 30.0
 _FIRST_AGREEMENT_S = 0.01
 _POLL_S = (0.002, 0.05)
+_EVALUATION_OVER_S = 0.05
+
+_Item: TypeAlias = tuple[LinkCommand, str | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +80,8 @@ class Leader(threading.Thread):
         self._prepare = prepare
         self._tell = tell
         self._incarnation = incarnation
-        self._commands: queue.SimpleQueue[tuple[LinkCommand, str | None] | None] = queue.SimpleQueue()
+        self._commands: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
+        self._aside: deque[_Item] = deque()  # they wait for the end of an evaluation
         self._queued: dict[str, LinkCommand] = {}
         self._cancelled: dict[str, LinkCancel] = {}
         self._seen: set[str] = set()
@@ -81,6 +89,7 @@ class Leader(threading.Thread):
         self._number = 0
         self._margin = FIRST_MARGIN
         self._agreement_s = _FIRST_AGREEMENT_S
+        self._left: Position | None = None  # the end of an evaluation that another rank has behind it already
         self.resume_at: float | None = None
         self.problem: str | None = None
 
@@ -114,25 +123,54 @@ class Leader(threading.Thread):
         self._commands.put(None)
 
     def run(self) -> None:
-        while (item := self._commands.get()) is not None:
-            message, undo = item
-            if undo is None and self._queued.pop(message.command.id, None) is None:
-                continue  # cancelled while it waited
+        while (item := self._next()) is not None:
+            self._serve(item)
+        for item in self._aside:
+            self._serve(item)
+
+    def _next(self) -> _Item | None:
+        """The next command whose boundary can come soon: what has to wait for an evaluation lets others pass."""
+        while True:
+            if self._aside and not self._waits(self._aside[0]):
+                return self._aside.popleft()
             try:
-                settled = self._lead(message, undo)
-                if undo is not None and not settled:
-                    self._commands.put(item)  # an undoing was promised: it is proposed until it is done
-            except StoreSilent as error:
-                self.problem = "the job's store does not answer"
-                self._say(message.command, message.actor, "unknown", reason=f"{self.problem}: {error}")
-            except Exception as error:
-                log.exception("trainctl: a command failed, training goes on")
-                self._say(message.command, message.actor, "failed", reason=f"rank 0: {error}")
+                item = self._commands.get(timeout=_EVALUATION_OVER_S if self._aside else None)
+            except queue.Empty:
+                continue
+            if item is None or not self._waits(item):
+                return item
+            self._aside.append(item)
+
+    def _waits(self, item: _Item) -> bool:
+        boundary, (message, undo) = self._boundary, item
+        held_at = boundary.held_at
+        if held_at is not None and held_at.mark:
+            return undo is not None
+        if not boundary.position.evaluating:
+            return False
+        action = message.command.action
+        # A resume is of the pause in which the evaluation was asked for.
+        return undo is not None or not spec_of(action).inside or isinstance(action, Resume)
+
+    def _serve(self, item: _Item) -> None:
+        message, undo = item
+        if undo is None and self._queued.pop(message.command.id, None) is None:
+            return  # cancelled while it waited
+        try:
+            settled = self._lead(message, undo)
+            if undo is not None and not settled:
+                self._commands.put(item)  # an undoing was promised: it is proposed until it is done
+        except StoreSilent as error:
+            self.problem = "the job's store does not answer"
+            self._say(message.command, message.actor, "unknown", reason=f"{self.problem}: {error}")
+        except Exception as error:
+            log.exception("trainctl: a command failed, training goes on")
+            self._say(message.command, message.actor, "failed", reason=f"rank 0: {error}")
 
     def _lead(self, message: LinkCommand, undo: str | None) -> bool:
         """Bring one command to its outcome; false when the ranks found no step for it."""
         command, actor = message.command, message.actor
-        prepared = self._prepare(command)
+        prepared = self._held_inside(command) or self._prepare(command)
         if isinstance(prepared, str):
             self._say(command, actor, "rejected", reason=prepared)
             return True
@@ -161,15 +199,26 @@ class Leader(threading.Thread):
             self._say(command, actor, "failed", reason=reason)
         return False
 
+    def _held_inside(self, command: Command) -> str | None:
+        held_at = self._boundary.held_at
+        if held_at is None or not held_at.mark or spec_of(command.action).inside:
+            return None
+        return (
+            f"the run is paused inside an evaluation, after {held_at.batch} of its batches, and this needs the end of "
+            "a step: resume first"
+        )
+
     def _propose(self, message: LinkCommand, prepared: Prepared, undo: str | None) -> Proposal:
         command, expires_s = message.command, message.command.expires_s
         self._number += 1
+        position = self._next_position(command, undo)
         proposal = Proposal(
             number=self._number,
             command=command,
             actor=message.actor,
             expires_at=None if expires_s is None or undo is not None else message.accepted + expires_s,
-            step=self._next_step(self._due.get(command.id, 0)),
+            step=position.step,
+            mark=position.mark,
             two_phase=prepared.two_phase,
             checkpoint=prepared.checkpoint,
             incarnation=prepared.incarnation,
@@ -183,14 +232,15 @@ class Leader(threading.Thread):
             self._number -= 1  # the goodbye stays where it is, for the next command to find
         return accepted
 
-    def _next_step(self, due: int) -> int:
-        boundary = self._boundary
-        completed, since_s = boundary.completed, time.perf_counter() - boundary.reached
+    def _next_position(self, command: Command, undo: str | None) -> Position:
+        boundary, due = self._boundary, self._due.get(command.id, 0)
+        at, since_s = boundary.position, time.perf_counter() - boundary.reached
         margin = fitted(self._margin, step_s=boundary.step_s, since_s=since_s, agreement_s=self._agreement_s)
-        step = boundary_for(completed, margin, boundary.held_at)
+        inside = undo is None and spec_of(command.action).inside and at.ends() != self._left
+        position = boundary_for(at, margin, boundary.held_at, inside=inside)
         # Never ahead of a pause: a resume would wait behind it for ever. A later rollback leaves it far ahead: no.
-        ahead = boundary.held_at is None and step < due <= completed + LEAD_LIMIT
-        return due if ahead else step
+        ahead = boundary.held_at is None and position.step < due <= at.step + LEAD_LIMIT
+        return Position(due) if ahead else position
 
     def _decide(self, proposal: Proposal) -> tuple[str, str | None]:
         number = proposal.number
@@ -209,7 +259,9 @@ class Leader(threading.Thread):
         if verdict != "go":
             self._connection.decide(f"d/{number}", ABORT)
             if verdict == "again":
-                self._margin = next_margin(self._margin, proposal.step, answers)
+                self._margin = next_margin(self._margin, proposal.position, answers)
+                if proposal.mark and any(left_evaluation(given) for given in answers):
+                    self._left = proposal.position.ends()
             return verdict, reason
         if self._connection.decide(f"d/{number}", GO) == GO:
             return "go", None

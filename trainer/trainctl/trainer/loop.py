@@ -143,15 +143,18 @@ class Trainer:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch]) -> dict[str, float]:
-        """The mean loss over every rank's validation batches, also with the averaged weights where there are any."""
-        metrics = {"val_loss": self._mean_loss(batches)}
+    def evaluate(self, batches: Callable[[], Iterable[Batch]]) -> dict[str, float]:
+        """The mean loss over every rank's validation batches, also with the averaged weights where there are any.
+
+        `batches()` begins them anew.
+        """
+        metrics = {"val_loss": self._mean_loss(batches())}
         if self.ema is not None:
             with self.ema.in_place_of_parameters():
-                metrics["val_loss_ema"] = self._mean_loss(batches)
+                metrics["val_loss_ema"] = self._mean_loss(batches())
         return metrics
 
-    def _mean_loss(self, batches: Sequence[Batch]) -> float:
+    def _mean_loss(self, batches: Iterable[Batch]) -> float:
         model = bare(self.model)
         model.eval()
         try:
@@ -185,8 +188,8 @@ def train(
     torch.manual_seed(config.seed + world()[0])
 
     def evaluate() -> dict[str, float]:
-        metrics = trainer.evaluate(validation)
-        if stopper is not None:
+        metrics = trainer.evaluate(lambda: run.eval_batches(validation))
+        if stopper is not None and not run.stopping:  # a stopped evaluation saw a part of the batches
             stopper.judge(metrics["val_loss"], step=run.step)
         return metrics
 

@@ -1,6 +1,6 @@
 """`TRAINCTL=off`: the same calls, and nothing behind them but the script's own data and evaluation."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from trainctl.trainer.attach import Script
@@ -49,6 +49,9 @@ class OffRun(Run):
             raise ValueError("batches() needs the loader: Run.attach(…, loader=loader)")
         while self._script.total_steps is None or self._completed < self._script.total_steps:
             yield self._feed.next()
+
+    def eval_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
+        return iter(batches)
 
     def phase(self, name: str) -> Any:  # noqa: ARG002 - the signature is Run's
         return _NO_PHASE

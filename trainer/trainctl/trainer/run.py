@@ -18,7 +18,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,11 +27,13 @@ from torch.optim import Optimizer
 
 from trainctl.trainer import attach as attaching
 from trainctl.trainer import forks
-from trainctl.trainer.actions import begin_save, evaluate, position
+from trainctl.trainer.actions import begin_save, position, save_before_the_end
 from trainctl.trainer.buffer import StepMark
 from trainctl.trainer.checkpoint import Accessor
 from trainctl.trainer.control import InDoubt
 from trainctl.trainer.core import Callbacks
+from trainctl.trainer.evaluation import batches as evaluation_batches
+from trainctl.trainer.evaluation import evaluate
 from trainctl.trainer.tunables import TunableValue, Value
 from trainctl.wire.messages import LinkBye, RunStateName
 
@@ -170,6 +172,20 @@ class Run:
             core.phases.add("data", _perf() - started)
             core.ranges.took(core.feed.index - 1)
             yield batch
+
+    def eval_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """Inside `on_eval`: the batches of an evaluation. Between two of them operators may pause or stop the run.
+
+        No collective of the script's own may be under way there on which other ranks wait. When the run is stopped,
+        the batches end early, and what `on_eval` then returns, or raises, does not count.
+        """
+        if self._actions is None:
+            return iter(batches)
+        return evaluation_batches(self._core, batches, self._meet_inside)
+
+    def _meet_inside(self) -> None:
+        if self._actions is not None:
+            self._actions.meet(inside=True)
 
     def phase(self, name: str) -> Any:
         """`with run.phase("forward"): …` times data, forward, backward, optimizer, communication or what you name."""
@@ -346,6 +362,7 @@ class Run:
         every, saves = self._eval_every, self._checkpoint_every
         if every is not None and every.value and step % int(every.value) == 0:
             evaluate(self._core)
+            save_before_the_end(self._core)
         if saves is not None and saves.value and step == self._core.first_step + 1:
             self._warm()
         if saves is not None and saves.value and step % int(saves.value) == 0:

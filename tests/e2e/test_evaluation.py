@@ -1,0 +1,80 @@
+"""An evaluation is no time in which nobody can act: between two of its batches a run is paused, steered and stopped."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import Job, job, trainctl, trainctl_json
+from waiting import until
+
+pytestmark = pytest.mark.ranks
+
+BATCHES = (40, 45)  # of rank 0 and rank 1, see tests/scripts/steered.py
+
+
+def evaluated(running: Job, rank: int, step: int) -> list[int]:
+    """The batches that a rank has evaluated behind a step."""
+    path = running.output / f"eval-{rank}.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [line["batch"] for line in lines if line["step"] == step]
+
+
+def test_a_run_is_paused_steered_and_stopped_between_two_batches_of_an_evaluation(tmp_path: Path) -> None:
+    with job("steered.py", 2, tmp_path, ["--eval-every", "10", "--sleep", "0.02"]) as running:
+        running.until_step(1)
+        run = ["-r", str(running.directory)]
+
+        def act(*words: str, code: int = 0) -> dict[str, Any]:
+            done = trainctl(*words, *run, "--json", check=False)
+            assert done.returncode == code, done.stdout + done.stderr
+            return dict(json.loads(done.stdout))
+
+        until(lambda: trainctl_json("status", *run)["state"] == "evaluating", 30, what="an evaluation")
+        paused = act("pause")
+        step = paused["step"]
+        assert (paused["state"], paused["after"], paused["ranks"], step % 10) == ("applied", "paused", 2, 0)
+        held = [evaluated(running, rank, step) for rank in (0, 1)]
+        assert held[0] == held[1], "all ranks stand behind the same batch"
+        assert 0 < len(held[0]) < min(BATCHES)
+        assert act("set", "x", "7")["step"] == step, "commands work while paused, here too"
+        refused = act("checkpoint", "save", code=4)
+        assert f"paused inside an evaluation, after {len(held[0])} of its batches" in refused["reason"]
+        assert [evaluated(running, rank, step) for rank in (0, 1)] == held
+
+        assert act("resume")["state"] == "applied"
+        running.until_step(step + 1)
+        assert [len(evaluated(running, rank, step)) for rank in (0, 1)] == list(BATCHES)
+        assert trainctl_json("history", "val_loss", *run)["val_loss"][-1][:3:2] == [step, sum(BATCHES)]
+
+        until(lambda: trainctl_json("status", *run)["state"] == "evaluating", 30, what="the next evaluation")
+        stopped = act("stop", "--yes")
+        assert stopped["state"] == "applied"
+        assert running.wait(60) == 0, running.log()
+        last = [evaluated(running, rank, stopped["step"]) for rank in (0, 1)]
+        assert last[0] == last[1]
+        assert len(last[0]) < min(BATCHES)
+        values = trainctl_json("history", "val_loss", *run)["val_loss"]
+        assert values[-1][0] == step, "what a part of the batches gave is no val_loss"
+        (saved,) = trainctl_json("checkpoint", "ls", *run)["checkpoints"]
+        assert saved["step"] == stopped["step"], "saved when the evaluation was over"
+
+
+def test_an_evaluation_that_was_asked_for_lets_others_act_meanwhile(tmp_path: Path) -> None:
+    with job("steered.py", 2, tmp_path, ["--sleep", "0.02"]) as running:
+        running.until_step(5)
+        run = ["-r", str(running.directory)]
+        held = trainctl_json("pause", *run)["step"]
+        asked = trainctl("eval", *run, "--command-id", "look", "--timeout", "0.1s", "--json", check=False)
+        assert json.loads(asked.stdout)["state"] == "unknown", "it takes seconds"
+        until(lambda: trainctl_json("status", *run)["state"] == "evaluating", 30, what="the evaluation")
+        within = trainctl_json("set", "x", "3", *run)
+        assert (within["state"], within["step"]) == ("applied", held)
+        assert len(evaluated(running, 0, held)) < min(BATCHES)
+        done = trainctl_json("eval", *run, "--command-id", "look")
+        assert (done["state"], done["step"]) == ("applied", held)
+        assert [len(evaluated(running, rank, held)) for rank in (0, 1)] == list(BATCHES)
+        assert trainctl_json("status", *run)["state"] == "paused", "as it was before"
+        trainctl_json("resume", *run)
+        running.until_step(held + 3)
