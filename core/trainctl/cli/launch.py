@@ -17,6 +17,7 @@ from typing import IO
 
 import msgspec
 
+from trainctl.client.discover import read_info
 from trainctl.client.errors import BadRequest
 from trainctl.wire.paths import runs_dir
 from trainctl.wire.rundir import RUN_ID, RunDir, new_run_id
@@ -88,6 +89,8 @@ def prepare(
     Raises `BadRequest` when torch is missing or the directory cannot be made.
     """
     require_torch()
+    if run_id is None and directory is not None:
+        _refuse_another_runs(directory)
     run_id = run_id or new_run_id(name, time.time())
     if not RUN_ID.match(run_id):
         raise BadRequest(f"{run_id!r} is no run id", "use at most 48 letters, digits, dots, dashes and underscores")
@@ -97,7 +100,8 @@ def prepare(
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise BadRequest(
-            f"the run's directory cannot be made: {error}", "give another with --dir, or set TRAINCTL_HOME"
+            f"the run's directory {directory} cannot be made: {error.strerror or error}",
+            "give another with --dir, or set TRAINCTL_HOME",
         ) from None
     given = {
         "TRAINCTL_RUN_ID": run_id,
@@ -123,6 +127,15 @@ def prepare(
         fresh=fresh,
         own_port=bool(rendezvous) and not restarts,
     )
+
+
+def _refuse_another_runs(directory: Path) -> None:
+    """Two runs in one directory would be one history, and the second would go on from the first one's checkpoints."""
+    if (info := read_info(directory)) is not None:
+        raise BadRequest(
+            f"{directory} holds the run {info.id} already; nothing was started",
+            f"give another --dir, or go on from its last checkpoint: `trainctl run --resume {directory} …`",
+        )
 
 
 def torch_found() -> bool:

@@ -23,6 +23,8 @@ import time
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from trainctl.wire.paths import runs_dir
+
 Numbered: TypeAlias = Literal["epoch", "attempt", "incarnation"]
 
 _AUDIT_TAIL = 256 * 1024  # longer than any line of it: a request is at most 64 KiB
@@ -59,6 +61,19 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
         beside.unlink(missing_ok=True)
         raise
     fsync_dir(path.parent)
+
+
+def keep_link(run_id: str, directory: Path) -> None:
+    """Make a run that is kept elsewhere one of the user's runs: a link under the state directory. Raises OSError."""
+    link = runs_dir() / run_id
+    directory = directory.absolute()
+    if link == directory or (link.is_symlink() and link.readlink() == directory):
+        return
+    if link.is_symlink():  # the directory was moved since
+        link.unlink()
+    if not link.exists():
+        link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        link.symlink_to(directory, target_is_directory=True)
 
 
 class RunDir:
