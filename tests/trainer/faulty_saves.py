@@ -1,10 +1,11 @@
 """Run by test_checkpoint_faults.py and test_checkpoint_power_cut.py with effects.c preloaded.
 
-usage: faulty_saves.py SCENARIO DIRECTORY
+usage: faulty_saves.py DIRECTORY SCENARIO...
 
-Each scenario prints one line of JSON for each point of a save at which something was done to it.
+Each scenario writes one line of JSON for each point of a save at which something was done to it: DIRECTORY/SCENARIO/points.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -13,13 +14,18 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from effects import FAIL, KILL, LIE, PASS, STOP, TEAR, Effects, read_record
 from test_checkpoint_safety import Small
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
-from trainctl.trainer.checkpoint import prune
+from trainctl.trainer.checkpoint import Checkpointer, State, prune
 from trainctl.wire.manifest import list_checkpoints
 from trainctl.wire.rundir import RunDir
 
@@ -117,11 +123,11 @@ def record(directory: Path) -> None:
     effects.arm(directory / "disk", PASS, record=directory / "record")
     RunDir(run).create()
     training = Small(RunDir(run).checkpoints, width=8)
-    for name in "ab":
+    for name in "abc":
         assert training.save(name) is None
         effects.note(f"saved {name}")
-    assert new_save_and_retention(training) is None
-    effects.note("saved c")
+    assert prune(training.directory, keep_last=1) == ["a", "b"]
+    effects.note("pruned")
     effects.arm(None)
     say(effects=sum(1 for _ in read_record(directory / "record")))
 
@@ -173,15 +179,59 @@ def power_cuts(directory: Path, *, honest: bool) -> None:
         subprocess.run(["umount", str(at)], check=True, timeout=30)
 
 
+def one_of_two_ranks(directory: Path, rank: int, dies: int, number: int) -> None:
+    """One rank of a sharded run that saves c; rank `dies` is killed before its `number`-th effect."""
+    meeting = f"file://{directory}/meeting"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    model = nn.Linear(8, 8)
+    fully_shard(model, mesh=dist.device_mesh.init_device_mesh("cpu", (2,)))
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=60))
+    checkpointer = Checkpointer(
+        directory=directory / "checkpoints",
+        run_id="test",
+        rank=rank,
+        world_size=2,
+        group=group,
+        state=State(models=[model], optimizers=[torch.optim.AdamW(model.parameters())]),
+    )
+    if rank == dies:
+        effects.arm(directory / "checkpoints", KILL, number)
+    error = checkpointer.begin_save(id="c", step=3, incarnation=1, attempt=1, metrics={}).result(60).error
+    (directory / f"told-{rank}.json").write_text(json.dumps({"error": error, "seen": effects.seen()}))
+
+
+def either_of_two_ranks(directory: Path) -> None:
+    """Rank 1 is killed before each effect of its own, rank 0 before every second one."""
+    template = prepared(directory)
+    for dies, every in ((1, 1), (0, 2)):
+        number, reached = 1, True
+        while reached:
+            run = directory / f"rank-{dies}-{number}"
+            shutil.copytree(template, run / "checkpoints")
+            ranks = [forked(lambda rank=rank: one_of_two_ranks(run, rank, dies, number)) for rank in (0, 1)]  # type: ignore[misc]
+            ended = [os.waitpid(pid, 0)[1] for pid in ranks]
+            reached = os.WIFSIGNALED(ended[dies])
+            assert ended[1 - dies] == 0, "the rank that lives did not come to an end of its save"
+            told = json.loads((run / f"told-{1 - dies}.json").read_text())
+            say(dies=dies, point=number, killed=reached, error=told["error"], **found(run / "checkpoints"))
+            shutil.rmtree(run)
+            number += every
+
+
 SCENARIOS: dict[str, Callable[[Path], None]] = {
     "kill": lambda directory: at_each_point(directory, KILL),
     "tear": lambda directory: at_each_point(directory, TEAR, ("write",)),
     "fsync": lambda directory: at_each_point(directory, FAIL, ("fsync",), errno.EIO),
     "write": lambda directory: at_each_point(directory, FAIL, ("write", "create", "mkdir", "rename"), errno.ENOSPC),
     "record": record,
+    "ranks": either_of_two_ranks,
     "cut": lambda directory: power_cuts(directory, honest=True),
     "cut after lies": lambda directory: power_cuts(directory, honest=False),
 }
 
 if __name__ == "__main__":
-    SCENARIOS[sys.argv[1]](Path(sys.argv[2]))
+    for scenario in sys.argv[2:]:
+        place = Path(sys.argv[1]) / scenario.replace(" ", "-")
+        place.mkdir()
+        with contextlib.redirect_stdout((place / "points").open("w")):
+            SCENARIOS[scenario](place)

@@ -8,7 +8,6 @@ Whatever fails on whichever rank, all ranks get the same error and rank 0 remove
 """
 
 import contextlib
-import io
 import os
 import shutil
 import threading
@@ -198,11 +197,8 @@ def _write_rank(stage: Path, snapshot: Snapshot, ranks: Ranks) -> None:
         "shared": snapshot.shared,
         "own": snapshot.own,
     }
-    # In memory first, because it is small: torch.save hides the file's own error behind one of its container's.
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
     with (stage / rank_file(ranks.rank)).open("xb") as file:
-        file.write(buffer.getbuffer())
+        torch.save(content, file)
 
 
 def _sync_own(stage: Path, ranks: Ranks) -> list[ManifestFile]:
