@@ -129,9 +129,7 @@ def test_whenever_the_power_goes_what_was_confirmed_is_there_and_what_is_called_
     assert list(losses(*recorded, Judge(tmp_path / "scratch"))) == []
 
 
-def test_without_any_one_of_its_syncs_a_save_could_be_lost(
-    recorded: tuple[Path, list[Effect]], tmp_path: Path
-) -> None:
+def test_without_any_one_of_its_syncs_a_save_could_be_lost(recorded: tuple[Path, list[Effect]], tmp_path: Path) -> None:
     """That the model sees a loss, and that no sync is there for nothing."""
     root, effects = recorded
     judge = Judge(tmp_path / "scratch")
