@@ -15,6 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, State
+from trainctl.wire.manifest import list_checkpoints
 
 directory, rank, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 
@@ -140,6 +141,11 @@ def lost(group: Any) -> None:
     error = str(training.save("b"))
     assert "lost touch" in error, error
     assert [path.name for path in training.checkpointer.directory.iterdir()] == ["a"]
+    try:
+        training.checkpointer.load("a")
+    except CheckpointError as refused:
+        assert "lost touch" in str(refused), refused
+    assert list_checkpoints(training.checkpointer.directory)[0].verified is None, "nothing was found to be damaged"
 
 
 def main() -> None:

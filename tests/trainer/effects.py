@@ -1,7 +1,7 @@
 """What a process does to its files, seen from below: counted, recorded, stopped or failed at any point (effects.c).
 
-A test starts a worker with the library preloaded (`preloaded`); within it `Effects` arms the library. A worker forks for
-each point, because importing torch takes longer than a save.
+A test starts a worker with the library preloaded (`preloaded`); within it `Effects` arms the library. A worker forks
+for each point, because importing torch takes longer than a save.
 """
 
 import ctypes

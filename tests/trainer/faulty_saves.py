@@ -2,7 +2,7 @@
 
 usage: faulty_saves.py DIRECTORY SCENARIO...
 
-Each scenario writes one line of JSON for each point of a save at which something was done to it: DIRECTORY/SCENARIO/points.
+Each scenario writes a line of JSON into DIRECTORY/SCENARIO/points for each point of a save at which it did something.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,7 +209,7 @@ def either_of_two_ranks(directory: Path) -> None:
         while reached:
             run = directory / f"rank-{dies}-{number}"
             shutil.copytree(template, run / "checkpoints")
-            ranks = [forked(lambda rank=rank: one_of_two_ranks(run, rank, dies, number)) for rank in (0, 1)]  # type: ignore[misc]
+            ranks = [forked(partial(one_of_two_ranks, run, rank, dies, number)) for rank in (0, 1)]
             ended = [os.waitpid(pid, 0)[1] for pid in ranks]
             reached = os.WIFSIGNALED(ended[dies])
             assert ended[1 - dies] == 0, "the rank that lives did not come to an end of its save"

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from effects import Effect, preloaded, read_record
 from power_cut import Disk
 from test_checkpoint_safety import Small
+
 from trainctl.wire.manifest import DamagedCheckpoint, list_checkpoints, verify
 
 WORKER = Path(__file__).with_name("faulty_saves.py")
@@ -24,7 +24,7 @@ CHECKPOINTS = "runs/one/checkpoints/"
 
 
 def run_worker(directory: Path, *scenarios: str) -> dict[str, list[dict[str, Any]]]:
-    """What was found at each point of each scenario of faulty_saves.py; one process for all, as torch is slow to load."""
+    """What was found at each point of each scenario of faulty_saves.py, all in one process."""
     done = subprocess.run(
         [sys.executable, str(WORKER), str(directory), *scenarios],
         env=preloaded(directory),
@@ -104,7 +104,7 @@ def losses(root: Path, effects: list[Effect], judge: Judge) -> Iterator[str]:
             judged.add((state, frozenset(confirmed)))
             there = checkpoints_in(state)
             wrong = {name: judge.wrong_with(name, content) for name, content in there.items()}
-            for name, problem in wrong.items():
+            for problem in wrong.values():
                 if problem not in (None, "not listed"):
                     yield f"after effect {number} ({effect.kind} {effect.path}): {problem}"
             for name in confirmed:

@@ -8,9 +8,9 @@ from typing import Any
 
 import msgspec
 import pytest
+from test_checkpoint_safety import Small
 
 import trainctl.trainer.checkpoint.load as loading
-from test_checkpoint_safety import Small
 from trainctl.trainer.checkpoint import CheckpointError
 from trainctl.wire.manifest import (
     MANIFEST,

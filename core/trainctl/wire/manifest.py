@@ -11,6 +11,7 @@ A checkpoint is good when its directory has its final name and every file it lis
 import contextlib
 import hashlib
 import io
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -190,6 +191,22 @@ def list_checkpoints(checkpoints: Path) -> list[CheckpointInfo]:
             abandoned = bool(live) and manifest.step > live.get(manifest.incarnation, -1)
             found.append(_info(directory, manifest, abandoned=abandoned))
     return sorted(found, key=lambda info: (info.time, info.id))
+
+
+def unreadable(checkpoints: Path) -> list[tuple[str, float, str]]:
+    """Checkpoints whose manifest is no good or gone: name, when the directory was last changed, why."""
+    found = []
+    with contextlib.suppress(OSError):
+        for directory in sorted(checkpoints.iterdir()):
+            if directory.name.startswith(".") or not directory.is_dir():
+                continue
+            if not os.path.lexists(directory / MANIFEST) and not list(directory.glob("rank-*.pt")):
+                continue  # somebody else's
+            try:
+                read_manifest(directory)
+            except DamagedCheckpoint as error:
+                found.append((directory.name, directory.stat().st_mtime, str(error)))
+    return found
 
 
 def kept_audit_heads(checkpoints: Path) -> dict[str, str]:

@@ -10,6 +10,10 @@ class CheckpointError(Exception):
     """
 
 
+class RanksLost(CheckpointError):
+    """The ranks could not hear one another; it says nothing about the checkpoint."""
+
+
 def in_words(what: str, error: BaseException) -> str:
     """What failed and why, as an operator reads it."""
     if not isinstance(error, OSError) or error.strerror is None:

@@ -1,7 +1,7 @@
 """Reading DCP's index (`.metadata`): a pickle, so of it nothing is taken but what an index is made of.
 
-A manifest says that the file is what was written, not that it was well meant: a checkpoint from elsewhere has a manifest
-that fits, and its copy belongs to us.
+A manifest says that the file is what was written, not that it was well meant: a checkpoint from elsewhere has a
+manifest that fits, and its copy belongs to us.
 """
 
 import io

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from trainctl.trainer.checkpoint.capture import Captured
-from trainctl.trainer.checkpoint.errors import CheckpointError
+from trainctl.trainer.checkpoint.errors import CheckpointError, RanksLost
 from trainctl.trainer.checkpoint.index import read_index
 from trainctl.trainer.checkpoint.ranks import Ranks
 from trainctl.trainer.checkpoint.rng import restore_rng
@@ -95,6 +95,8 @@ def read(directory: Path, checkpoint_id: str, *, ranks: Ranks, state: State, liv
     path = directory / checkpoint_id
     try:
         manifest = ranks.together("the checkpoint cannot be verified", lambda: _verified(path, checkpoint_id, ranks))
+    except RanksLost:
+        raise
     except CheckpointError as error:
         if ranks.first and path.is_dir():
             remember_check(path, ok=False, text=str(error))

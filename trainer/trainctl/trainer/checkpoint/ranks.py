@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from trainctl.trainer.checkpoint.errors import CheckpointError, in_words
+from trainctl.trainer.checkpoint.errors import CheckpointError, RanksLost, in_words
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ def _guarded(exchange: Callable[[], None]) -> None:
     try:
         exchange()
     except RuntimeError as error:
-        raise CheckpointError(
+        raise RanksLost(
             f"the ranks lost touch while agreeing on a checkpoint ({str(error).splitlines()[0]}): "
             "the last good checkpoint stands, and saving works again after a restart"
         ) from error
