@@ -127,7 +127,7 @@ def record(directory: Path) -> None:
     for name in "abc":
         assert training.save(name) is None
         effects.note(f"saved {name}")
-    assert prune(training.directory, keep_last=1) == ["a", "b"]
+    prune(training.directory, keep_last=1)
     effects.note("pruned")
     effects.arm(None)
     say(effects=sum(1 for _ in read_record(directory / "record")))

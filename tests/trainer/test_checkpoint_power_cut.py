@@ -37,12 +37,52 @@ def run_worker(directory: Path, *scenarios: str) -> dict[str, list[dict[str, Any
     return {name: [json.loads(line) for line in text.splitlines()] for name, text in written.items()}
 
 
+def no_images(directory: Path) -> str | None:
+    """Why this machine mounts no images of file systems, or None."""
+    image, at = directory / "probe", directory / "probe-mount"
+    at.mkdir()
+    if shutil.which("mkfs.ext4") is None:
+        return "there is no mkfs.ext4 on this machine"
+    with image.open("wb") as file:
+        file.truncate(8 * 1024 * 1024)
+    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True, timeout=30)
+    mounted = subprocess.run(["mount", "-o", "loop", str(image), str(at)], capture_output=True, text=True, timeout=30)
+    if mounted.returncode:
+        return f"no image can be mounted here: {mounted.stderr.strip()}"
+    subprocess.run(["umount", str(at)], check=True, timeout=30)
+    return None
+
+
+@dataclass(frozen=True)
+class Made:
+    """A run's first three checkpoints and a retention as effects, with the directory that came of them; and the same
+    on images whose power went, or why there are none."""
+
+    root: Path
+    effects: list[Effect]
+    cuts: dict[str, list[dict[str, Any]]]
+    no_images: str | None
+
+
 @pytest.fixture(scope="module")
-def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Effect]]:
-    """A run's first three checkpoints and a retention, as effects, and the directory that came of them."""
-    directory = tmp_path_factory.mktemp("recorded")
-    run_worker(directory, "record")
-    return directory / "record" / "disk", list(read_record(directory / "record" / "record"))
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
+    directory = tmp_path_factory.mktemp("made")
+    why = no_images(directory)
+    cuts = run_worker(directory, "record", *(() if why else ("cut", "cut after lies")))
+    effects = list(read_record(directory / "record" / "record"))
+    return Made(directory / "record" / "disk", effects, cuts, why)
+
+
+@pytest.fixture
+def recorded(made: Made) -> tuple[Path, list[Effect]]:
+    return made.root, made.effects
+
+
+@pytest.fixture
+def cuts(made: Made) -> dict[str, list[dict[str, Any]]]:
+    if made.no_images is not None:
+        pytest.skip(made.no_images)
+    return made.cuts
 
 
 Content = frozenset[tuple[str, bytes]]
@@ -140,24 +180,6 @@ def test_without_any_one_of_its_syncs_a_save_could_be_lost(recorded: tuple[Path,
     for path in synced:
         without = [e for n, e in enumerate(effects) if not (begins < n < ends and e.kind == "fsync" and e.path == path)]
         assert any(losses(root, without, judge)), f"nobody would miss the sync of {path}"
-
-
-@pytest.fixture(scope="module")
-def cuts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    """What was found on images of file systems, where those can be mounted."""
-    tmp_path = tmp_path_factory.mktemp("images")
-    image, at = tmp_path / "probe", tmp_path / "probe-mount"
-    at.mkdir()
-    if shutil.which("mkfs.ext4") is None:
-        pytest.skip("there is no mkfs.ext4 on this machine")
-    with image.open("wb") as file:
-        file.truncate(8 * 1024 * 1024)
-    subprocess.run(["mkfs.ext4", "-q", str(image)], check=True, timeout=30)
-    mounted = subprocess.run(["mount", "-o", "loop", str(image), str(at)], capture_output=True, text=True, timeout=30)
-    if mounted.returncode:
-        pytest.skip(f"no image can be mounted here: {mounted.stderr.strip()}")
-    subprocess.run(["umount", str(at)], check=True, timeout=30)
-    return run_worker(tmp_path, "cut", "cut after lies")
 
 
 def test_on_a_real_file_system_whose_power_goes_nothing_confirmed_is_lost(

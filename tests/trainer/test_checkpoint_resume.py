@@ -57,14 +57,9 @@ def test_a_damaged_one_is_passed_over_and_named_with_the_reason_and_the_one_take
     assert (first["step"], first["from"]) == (second["step"], second["from"]) == (4, ids[4])
     assert first["weight"] != outcomes["whole"][0]["weight"]
     reason = "is damaged: its hash differs from the manifest's"
-    by_either = [
-        [
-            f"checkpoint {ids[6]} cannot be resumed from: rank {rank}: {ids[6]}/rank-00001.pt {reason}. "
-            f"Resumed from {ids[4]} instead, at step 4"
-        ]
-        for rank in range(2)
-    ]
-    assert first["told"] in by_either
+    (told,) = first["told"]
+    assert told.startswith(f"checkpoint {ids[6]} cannot be resumed from: rank ")
+    assert told.endswith(f": {ids[6]}/rank-00001.pt {reason}. Resumed from {ids[4]} instead, at step 4")
     assert first["told"][0] in log
     assert second["told"] == [], "it is on a branch that was left by now"
 

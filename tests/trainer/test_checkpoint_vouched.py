@@ -109,9 +109,22 @@ def test_no_link_is_followed_on_the_way_to_a_file(small: Small, tmp_path: Path) 
 @pytest.mark.parametrize("name", ["", INDEX, OWN, DATA, MANIFEST])
 def test_what_everybody_may_write_to_is_not_read(small: Small, name: str) -> None:
     path = small.directory / "b" / name
+    path.parent.chmod(0o755)
     path.chmod(path.stat().st_mode | 0o002)
     assert_refused(small, "everybody may write to b.*: chmod o-w")
     assert [info.id for info in list_checkpoints(small.directory)] == (["a"] if name in {"", MANIFEST} else ["a", "b"])
+
+
+def test_under_a_umask_of_0_a_checkpoint_is_for_us_alone_and_loads(small: Small) -> None:
+    before = os.umask(0)
+    try:
+        assert small.save("c") is None
+    finally:
+        os.umask(before)
+    small.checkpointer.load("c")
+    (small.directory / "c").chmod(0o755)  # and as its files come into reach, they are no longer trusted
+    with pytest.raises(CheckpointError, match="everybody may write to c/"):
+        small.checkpointer.load("c")
 
 
 def test_a_pipe_in_the_place_of_a_file_holds_nobody_up(small: Small) -> None:

@@ -4,6 +4,7 @@ What a manifest vouches for by name may be replaced between one look and the nex
 nothing is read whose directories others may write to, and each file is looked at through the handle it is read by.
 """
 
+import contextlib
 import errno
 import os
 import stat
@@ -31,52 +32,40 @@ def open_ours(directory: Path, name: str) -> BinaryIO:
     to say: it may be below a link.
     """
     shown = directory.name
-    handle = _open(None, str(directory), shown)
-    try:
+    with contextlib.ExitStack() as opened:
+        handle = _open(opened, None, str(directory), os.O_DIRECTORY, shown)
+        within_reach = _check(handle, shown, within_reach=True)
         *between, last = PurePosixPath(name).parts
         for part in between:
             shown = f"{shown}/{part}"
-            inner = _open(handle, part, shown)
-            os.close(handle)
-            handle = inner
-        # Not to wait at a pipe that somebody put there.
-        found = _no_link(last, os.O_NONBLOCK, handle, f"{shown}/{last}")
-    finally:
-        os.close(handle)
+            handle = _open(opened, handle, part, os.O_DIRECTORY, shown)
+            within_reach = _check(handle, shown, within_reach=within_reach)
+        shown = f"{shown}/{last}"
+        handle = _open(opened, handle, last, os.O_NONBLOCK, shown)  # not to wait at a pipe that somebody put there
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise NotOurs(f"{shown} is not a regular file")
+        _check(handle, shown, within_reach=within_reach)
+        return os.fdopen(os.dup(handle), "rb")
+
+
+def _open(opened: contextlib.ExitStack, inside: int | None, name: str, flags: int, shown: str) -> int:
     try:
-        if not stat.S_ISREG(os.fstat(found).st_mode):
-            raise NotOurs(f"{shown}/{last} is not a regular file")
-        _check(found, f"{shown}/{last}")
-        return os.fdopen(found, "rb")
-    except BaseException:
-        os.close(found)
-        raise
-
-
-def _open(inside: int | None, name: str, shown: str) -> int:
-    handle = _no_link(name, os.O_DIRECTORY, inside, shown)
-    try:
-        _check(handle, shown)
-    except BaseException:
-        os.close(handle)
-        raise
-    return handle
-
-
-def _no_link(name: str, flags: int, inside: int | None, shown: str) -> int:
-    try:
-        return os.open(name, _LOOK | flags, dir_fd=inside)
+        handle = os.open(name, _LOOK | flags, dir_fd=inside)
     except OSError as error:
         # ELOOP for a file, ENOTDIR for a directory: neither says it in an operator's words.
         if error.errno in (errno.ELOOP, errno.ENOTDIR):
             what = "directory" if flags & os.O_DIRECTORY else "regular file"
             raise NotOurs(f"{shown} is not a {what}: links are not followed") from error
         raise
+    opened.callback(os.close, handle)
+    return handle
 
 
-def _check(handle: int, shown: str) -> None:
+def _check(handle: int, shown: str, *, within_reach: bool) -> bool:
+    """Whether others reach what is in it. What lies in a directory that they may not enter, they cannot change."""
     found = os.fstat(handle)
     if found.st_uid != os.getuid():
         raise NotOurs(f"{shown} belongs to user {found.st_uid}, not to us: not loaded")
-    if found.st_mode & stat.S_IWOTH:
+    if within_reach and found.st_mode & stat.S_IWOTH:
         raise NotOurs(f"everybody may write to {shown}, so it is not loaded: chmod o-w it if you know who did")
+    return within_reach and bool(found.st_mode & stat.S_IXOTH)
