@@ -47,6 +47,17 @@ def fsync_dir(path: Path) -> None:
         os.close(handle)
 
 
+def make_dir(path: Path) -> None:
+    """Make a directory and what is missing above it, for us alone, so that their names survive a power cut."""
+    if path.is_dir():
+        return
+    make_dir(path.parent)
+    path.mkdir(mode=0o700, exist_ok=True)
+    # A directory may be written to and not read; then it is for its file system to keep the name.
+    with contextlib.suppress(PermissionError):
+        fsync_dir(path.parent)
+
+
 def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replace `path` as a whole: written beside it, synced, renamed, directory synced."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
@@ -109,7 +120,7 @@ class RunDir:
     def create(self) -> None:
         """Make the directory and its parts. Raises OSError when the file system does not allow it."""
         for part in (self.path, self.journal, self.checkpoints, self.numbers):
-            part.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_dir(part)
 
     def audit_head(self) -> str | None:
         """The hash of the newest whole line of the audit log, None where there is none or it cannot be read."""
@@ -131,7 +142,7 @@ class RunDir:
 
     def allocate(self, kind: Numbered) -> int:
         """Give out the next number, for good. Raises OSError (read-only, full)."""
-        self.numbers.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_dir(self.numbers)
         while True:
             number = self.newest(kind) + 1
             try:

@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from trainctl.trainer import steering
+from trainctl.trainer import fallback, steering
 from trainctl.trainer.actions import Actions, begin_branch, position, refusal
 from trainctl.trainer.agents import NodeAgent
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.buffer import RowBuffer
 from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, State
+from trainctl.trainer.checkpoint.errors import RanksLost
 from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
 from trainctl.trainer.control import Control
 from trainctl.trainer.core import Callbacks, Core
@@ -334,8 +335,8 @@ def resume(core: Core, group: Any) -> int | None:
 
     A collective over `group`: rank 0 chooses for all, because a shared file system may not show everybody the same.
 
-    Returns the step, or None where there is nothing to resume from. Raises `CheckpointError` when what was asked for is
-    damaged.
+    Returns the step, or None where there is nothing to resume from. A damaged one is passed over, and that is told.
+    Raises `CheckpointError` when the one that was asked for by name is damaged, or all are.
     """
     asked = os.environ.get("TRAINCTL_RESUME")
     if asked and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
@@ -344,31 +345,36 @@ def resume(core: Core, group: Any) -> int | None:
     if not alone_or_grouped or (not asked and core.identity.attempt == 1):
         begin_branch(core)
         return None
-    told: list[Any] = [_candidates(core, asked), _newest(core)] if core.place.leads else [None, None]
+    found = fallback.choice(RunDir(core.identity.directory).checkpoints, asked) if core.place.leads else None
+    told: list[Any] = [found, _newest(core) if core.place.leads else None]
     if group is not None:
         dist.broadcast_object_list(told, src=0, group=group)
-    candidates: list[str] = told[0]
+    chosen: fallback.Choice = told[0]
+    candidates, failed = chosen.candidates, dict[str, str]()
     newest: steering.Steering | None = told[1]
     if core.checkpointer is None:
         candidates = []  # what operators set is taken all the same
-    elif asked and not candidates and asked not in {"1", "last"}:
+    elif chosen.named and not candidates:
         raise CheckpointError(f"TRAINCTL_RESUME asks for {asked!r}, and there is no such checkpoint")
-    for number, checkpoint in enumerate(candidates):
+    for checkpoint in candidates:
         assert core.checkpointer is not None
         try:
             loaded = core.checkpointer.load(checkpoint)
         except CheckpointError as error:
-            if number + 1 == len(candidates):
+            if chosen.named or isinstance(error, RanksLost):
                 raise
-            log.warning("trainctl: %s; trying the next older checkpoint", error)
+            failed[checkpoint] = str(error)
             continue
         core.checkpointer.commit(loaded, restore_overrides=newest is None)
         core.resumed_from, core.resumed_tunables = checkpoint, loaded.tunables
         if newest is not None:
             steering.put(core, newest)
         step = position(core, loaded, tell=False)
+        fallback.tell(core, checkpoint, failed, chosen.damaged)
         begin_branch(core, parent=loaded.incarnation, after_step=step)
         return step
+    if core.checkpointer is not None and (failed or chosen.damaged):
+        raise CheckpointError(fallback.none_left(failed, chosen.damaged))
     if newest is not None:
         steering.put(core, newest)
         core.reverts.rewound(0)
@@ -381,15 +387,6 @@ def _newest(core: Core) -> steering.Steering | None:
     asked = os.environ.get("TRAINCTL_RESTORE_OVERRIDES", "0") not in {"", "0"}
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # it was meant for that one
     return None if asked and first_start else steering.kept(core)
-
-
-def _candidates(core: Core, asked: str | None) -> list[str]:
-    """The checkpoints to try, in order."""
-    known = list_checkpoints(RunDir(core.identity.directory).checkpoints)
-    if asked and asked not in {"1", "last"}:
-        target = pick(known, asked)
-        return [target.id] if target is not None else []
-    return [info.id for info in reversed(known) if info.verified is not False and not info.abandoned]
 
 
 def run_info(script: Script, core: Core) -> RunInfo:

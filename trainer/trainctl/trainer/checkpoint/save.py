@@ -26,12 +26,13 @@ from trainctl.trainer.checkpoint.errors import CheckpointError
 from trainctl.trainer.checkpoint.ranks import Ranks
 from trainctl.trainer.checkpoint.sharded import local_part
 from trainctl.trainer.checkpoint.tree import Node
-from trainctl.wire.manifest import Manifest, ManifestFile, hash_file, write_manifest
-from trainctl.wire.rundir import RunDir, fsync_dir
+from trainctl.wire.manifest import MANIFEST, Manifest, ManifestFile, hash_file, write_manifest
+from trainctl.wire.rundir import RunDir, fsync_dir, make_dir
 
 # The files' own headers and the manifest come on top of the tensors.
 _SPACE_FACTOR = 1.1
 _SPACE_EXTRA_BYTES = 1024 * 1024
+_STANDS = "the last good checkpoint stands"
 DCP_METADATA = ".metadata"
 
 
@@ -107,11 +108,12 @@ def write(directory: Path, snapshot: Snapshot, ranks: Ranks) -> int:
         ranks.on_first("the checkpoint cannot be begun", lambda: _open_stage(directory, stage, snapshot.id, needed))
         files = _write_files(stage, snapshot, ranks)
         ranks.on_first("the checkpoint cannot be completed", lambda: _commit(directory, stage, snapshot, ranks, files))
-    except CheckpointError:
+    except CheckpointError as error:
         if ranks.first:
             # What cannot be removed now is swept at the next start; it never looks like a checkpoint.
             shutil.rmtree(stage, ignore_errors=True)
-        raise
+        told = str(error)
+        raise CheckpointError(told if _STANDS in told else f"{told}; training goes on and {_STANDS}") from None
     return sum(file.bytes for file in files)
 
 
@@ -135,7 +137,7 @@ def _refuse(problem: str | None) -> None:
 
 
 def _open_stage(directory: Path, stage: Path, checkpoint_id: str, needed: int) -> None:
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_dir(directory)
     if (directory / checkpoint_id).exists():
         raise CheckpointError(f"checkpoint {checkpoint_id} exists already: it is kept, nothing was written")
     free = shutil.disk_usage(directory).free
@@ -143,7 +145,7 @@ def _open_stage(directory: Path, stage: Path, checkpoint_id: str, needed: int) -
     if free < wanted:
         raise CheckpointError(
             f"{directory} has {free / 1e6:.0f} MB free and the checkpoint needs {wanted / 1e6:.0f} MB: "
-            "free some space; training goes on and the last good checkpoint stands"
+            f"free some space; training goes on and {_STANDS}"
         )
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(stage)
@@ -156,7 +158,8 @@ def _write_files(stage: Path, snapshot: Snapshot, ranks: Ranks) -> list[Manifest
     planner = DefaultSavePlanner(
         flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True
     )
-    writer = FileSystemWriter(stage, thread_count=1, sync_files=True)
+    # It syncs before it flushes (pytorch 2.13), which leaves the end of a file, and all of a small one, to chance.
+    writer = FileSystemWriter(stage, thread_count=1, sync_files=False)
 
     def local_plan() -> SavePlan:
         planner.set_up_planner(snapshot.tensors, writer.storage_meta(), ranks.first)
@@ -177,7 +180,7 @@ def _write_files(stage: Path, snapshot: Snapshot, ranks: Ranks) -> list[Manifest
     ranks.on_first(
         "the checkpoint's index cannot be written", lambda: writer.finish(agreed[1], results) if agreed else None
     )
-    mine = ranks.together("the checkpoint cannot be hashed", lambda: _hash_own(stage, ranks))
+    mine = ranks.together(f"writing to {stage.parent} failed", lambda: _sync_own(stage, ranks))
     return [file for files in ranks.gather(mine) for file in files]
 
 
@@ -196,18 +199,18 @@ def _write_rank(stage: Path, snapshot: Snapshot, ranks: Ranks) -> None:
     }
     with (stage / rank_file(ranks.rank)).open("xb") as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
-def _hash_own(stage: Path, ranks: Ranks) -> list[ManifestFile]:
-    """Size and hash of the files that this rank wrote, read back from the file system."""
+def _sync_own(stage: Path, ranks: Ranks) -> list[ManifestFile]:
+    """Sync the files that this rank wrote; their size and hash, read back from the file system."""
     names = [path.name for path in stage.glob(f"__{ranks.rank}_*.distcp")]
     names.append(rank_file(ranks.rank))
     if ranks.first:
         names.append(DCP_METADATA)
     found = []
     for name in sorted(names):
+        with (stage / name).open("rb") as file:
+            os.fsync(file.fileno())
         size, digest = hash_file(stage / name)
         found.append(ManifestFile(name=name, bytes=size, sha256=digest))
     return found
@@ -229,5 +232,12 @@ def _commit(directory: Path, stage: Path, snapshot: Snapshot, ranks: Ranks, file
     )
     write_manifest(stage, manifest)
     fsync_dir(stage)
-    stage.rename(directory / snapshot.id)
-    fsync_dir(directory)
+    final = directory / snapshot.id
+    stage.rename(final)
+    try:
+        fsync_dir(directory)
+    except OSError:
+        # Nobody knows whether the name would survive a power cut, so it is not called good: the manifest goes first.
+        (final / MANIFEST).unlink()
+        final.rename(stage)
+        raise
