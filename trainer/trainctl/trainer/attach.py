@@ -32,6 +32,7 @@ from trainctl.trainer.link import HubProcess, Link
 from trainctl.trainer.meeting import Connection, Meeting, StoreSilent
 from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
+from trainctl.trainer.preemption import Preemption, Signalled
 from trainctl.trainer.sender import Figures, Sender
 from trainctl.trainer.tunables import Tunables
 from trainctl.wire.commands import Command, Rollback, spec_of
@@ -60,6 +61,7 @@ class Script:
     flops_per_step: float | None = None
     peak_flops: float | None = None
     sinks: Sequence[str] = ()
+    signalled: Signalled | None = None
 
 
 @dataclass(kw_only=True)
@@ -73,6 +75,7 @@ class Parts:
     sender: Sender
     place_file: Path | None
     tracked: dict[str, Any]
+    preemption: Preemption
     group: Any = None
 
 
@@ -99,7 +102,9 @@ def start(script: Script) -> Parts:
         core.overrides.log_on_device = lambda metric, rate: core.log(core.row_step, {metric: rate})
     core.flops = _flop_meter(script, core, device)
     if script.loader is not None:
-        core.feed = Feed(script.loader, capture_rng=capture_rng, restore_rng=restore_rng)
+        core.feed = Feed(
+            script.loader, capture_rng=capture_rng, restore_rng=restore_rng, world_size=place.world_size
+        )
     core.rank_places = gather_places(core, group)
     tracked: dict[str, Any] = {}
     alone_or_grouped = place.world_size == 1 or group is not None
@@ -254,6 +259,13 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
     agent = None
     with _telling("this node's GPUs are not shown"):
         agent = NodeAgent(job=job_id() or identity.id, node=place.node) if place.local_rank == 0 else None
+    preemption = Preemption(
+        core,
+        control=control,
+        reading=connections.reading if connections else None,
+        leader=leader,
+        signalled=script.signalled,
+    )
     sender = Sender(
         core,
         figures=Figures(core, control, connections.reading if connections else None),
@@ -261,6 +273,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
         link=link,
         leader=leader,
         info=lambda: run_info(script, core),
+        preemption=preemption,
     )
     return Parts(
         core=core,
@@ -270,6 +283,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
         sender=sender,
         place_file=_announce(core),
         tracked=tracked,
+        preemption=preemption,
     )
 
 

@@ -13,6 +13,7 @@ wrong call at attach, and `control.InDoubt`.
 
 import atexit
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -34,6 +35,7 @@ from trainctl.trainer.control import InDoubt
 from trainctl.trainer.core import Callbacks
 from trainctl.trainer.evaluation import batches as evaluation_batches
 from trainctl.trainer.evaluation import evaluate
+from trainctl.trainer.preemption import farewell, listen
 from trainctl.trainer.tunables import TunableValue, Value
 from trainctl.wire.messages import LinkBye, RunStateName
 
@@ -88,6 +90,7 @@ class Run:
         flops_per_step: float | None = None,
         peak_flops: float | None = None,
         sinks: Sequence[str] = (),
+        preempt_signal: str | None = None,
     ) -> "Run":
         """Join a run, on every rank, after the process group and everything named here was made.
 
@@ -98,6 +101,8 @@ class Run:
         `flops_per_step` is what one step costs over all ranks, forward and backward, where the script knows it better
         than `measure_flops` would; `peak_flops` what one device can do, in FLOP/s: both only for showing the MFU.
         `sinks` names where the hub copies the history to besides, such as ["tensorboard"] (docs/sinks.md).
+        `preempt_signal`, such as "USR1", becomes one checkpoint and a stop on all ranks, whichever rank gets it; for
+        launchers that signal ranks themselves, and only where the script has no handler for it (docs/preemption.md).
 
         Raises ValueError or TypeError on a wrong call, and `CheckpointError` when a checkpoint that TRAINCTL_RESUME
         names is damaged.
@@ -125,6 +130,7 @@ class Run:
             from trainctl.trainer.off import OffRun
 
             return OffRun(script, eval_every=eval_every)
+        script = dataclasses.replace(script, signalled=listen(preempt_signal))
         forks.install()
         run = cls(attaching.start(script), script)
         run._register_intervals(eval_every, checkpoint_every)
@@ -157,6 +163,11 @@ class Run:
     def stopping(self) -> bool:
         """An operator asked to stop: leave the loop. `batches` ends by itself."""
         return self._core.ending is not None
+
+    @property
+    def preempted(self) -> bool:
+        """The machine is taken away: end with exit code 75, so that a scheduler requeues. `trainctl run` does so."""
+        return self._core.ending == "preempted"
 
     # What the loop calls
 
@@ -301,6 +312,9 @@ class Run:
             self._parts.control.leave(_LEAVE_S)
         state: RunStateName = "failed" if failed else core.ending or "finished"
         reason = failed or (f"by {core.ended_by}" if core.ended_by else None)
+        if state == "preempted":
+            reason = farewell(core)
+            self._parts.preemption.left(reason)
         self._parts.sender.finish(LinkBye(state=state, step=core.boundary.completed, reason=reason))
         if self._parts.place_file is not None:
             with contextlib.suppress(OSError):  # the agent will see that the process is gone
