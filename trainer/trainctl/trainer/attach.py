@@ -18,7 +18,7 @@ from trainctl.trainer.actions import Actions, begin_branch, position, refusal
 from trainctl.trainer.agents import NodeAgent
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.buffer import RowBuffer
-from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, State
+from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, Loaded, State
 from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
 from trainctl.trainer.control import Control
 from trainctl.trainer.core import Callbacks, Core
@@ -102,9 +102,7 @@ def start(script: Script) -> Parts:
         core.overrides.log_on_device = lambda metric, rate: core.log(core.row_step, {metric: rate})
     core.flops = _flop_meter(script, core, device)
     if script.loader is not None:
-        core.feed = Feed(
-            script.loader, capture_rng=capture_rng, restore_rng=restore_rng, world_size=place.world_size
-        )
+        core.feed = Feed(script.loader, capture_rng=capture_rng, restore_rng=restore_rng, world_size=place.world_size)
     core.rank_places = gather_places(core, group)
     tracked: dict[str, Any] = {}
     alone_or_grouped = place.world_size == 1 or group is not None
@@ -377,6 +375,7 @@ def resume(core: Core, group: Any) -> int | None:
             log.warning("trainctl: %s; trying the next older checkpoint", error)
             continue
         core.checkpointer.commit(loaded, restore_overrides=newest is None)
+        tell_notes(core, loaded)
         core.resumed_from, core.resumed_tunables = checkpoint, loaded.tunables
         if newest is not None:
             steering.put(core, newest)
@@ -388,6 +387,14 @@ def resume(core: Core, group: Any) -> int | None:
         core.reverts.rewound(0)
     begin_branch(core)
     return None
+
+
+def tell_notes(core: Core, loaded: Loaded) -> None:
+    """What is not as it was, to the log and to the operator."""
+    if core.place.leads:
+        for text in loaded.notes:
+            log.warning("trainctl: resumed from %s: %s", loaded.id, text)
+            core.note("resume", f"{loaded.id}: {text}")
 
 
 def _newest(core: Core) -> steering.Steering | None:

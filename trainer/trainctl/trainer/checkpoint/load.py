@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from trainctl.trainer.checkpoint.capture import Captured
 from trainctl.trainer.checkpoint.errors import CheckpointError
 from trainctl.trainer.checkpoint.ranks import Ranks
+from trainctl.trainer.checkpoint.resized import not_exact
 from trainctl.trainer.checkpoint.rng import restore_rng
 from trainctl.trainer.checkpoint.save import DCP_METADATA, rank_file
 from trainctl.trainer.checkpoint.sharded import local_part, twin
@@ -143,9 +144,8 @@ def _read_rank(path: Path, manifest: Manifest, ranks: Ranks, state: State, live:
     own: dict[str, Node] = content["own"]
     notes = _compare_parts(state, live, shared, own)
     if not same:
-        notes.append(
-            f"written by {manifest.world_size} ranks and read by {ranks.world_size}: random numbers are not restored"
-        )
+        loader = decode(own["loader"], _no_reference) if "loader" in own else None
+        notes += not_exact(before=manifest.world_size, now=ranks.world_size, loader=loader)
     wanted = {name: node for name, node in shared.items() if name in live.nodes}
     reader = FileSystemReader(path)
     metadata = reader.read_metadata()
