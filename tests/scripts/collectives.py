@@ -1,6 +1,6 @@
 """Ranks that meet in a collective each step. Told to, one of them goes into a collective that the others leave out.
 
-usage: collectives.py OUTPUT [--steps N] [--sleep S] [--checkpoint-every N]
+usage: collectives.py OUTPUT [--steps N] [--sleep S] [--checkpoint-every N] [--exit-75]
 
 OUTPUT/alone: once it is there, rank 1 waits for the others in vain.
 """
@@ -9,6 +9,7 @@ import argparse
 import datetime as dt
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -25,6 +26,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--sleep", type=float, default=0.05)
     parser.add_argument("--checkpoint-every", type=int, default=5)
+    parser.add_argument("--exit-75", action="store_true", help="ask to be requeued, where no `trainctl run` does")
     given = parser.parse_args()
     # Long, so that whatever is noticed is noticed before it.
     dist.init_process_group("gloo", timeout=dt.timedelta(minutes=30))
@@ -58,6 +60,8 @@ def main() -> None:
             line = {"step": run.step, "attempt": run.attempt, "incarnation": run.incarnation, "pid": os.getpid()}
             print(json.dumps(line), file=record, flush=True)
     dist.destroy_process_group()
+    if given.exit_75 and run.preempted:
+        sys.exit(75)
 
 
 if __name__ == "__main__":

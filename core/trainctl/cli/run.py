@@ -10,7 +10,7 @@ from trainctl.cli.attempts import Attempts
 from trainctl.cli.launch import Launch, prepare, require_torch
 from trainctl.cli.options import DURATION
 from trainctl.cli.preempting import Preemption, Rules, directory_to_go_on_in, rules
-from trainctl.cli.torchrun import check_options, restarts_wanted
+from trainctl.cli.torchrun import check_options, restarts_wanted, several_nodes
 from trainctl.client.discover import read_info, resolve
 from trainctl.client.errors import ClientError, Rejected, RunNotFound
 from trainctl.client.jsonable import dumps
@@ -137,10 +137,13 @@ def _launch(asked: Words) -> Launch:
     require_torch()
     check_options(asked.torchrun)
     restarts = restarts_wanted(asked.torchrun)
-    resume = asked.resume or _same_again(asked.directory)
-    if resume is None:
+    if asked.resume is None and (asked.directory is None or read_info(asked.directory) is None):
         return prepare(name, words, directory=asked.directory, named=asked.name is not None, restarts=restarts)
-    directory = asyncio.run(_ended_run(resume))
+    if asked.resume is not None:
+        directory = asyncio.run(_ended_run(asked.resume))
+    else:
+        assert asked.directory is not None
+        directory = _same_again(asked.directory, several_nodes=several_nodes(asked.torchrun))
     info = read_info(directory)
     assert info is not None
     return prepare(asked.name or info.run, words, directory=directory, run_id=info.id, resume=True, restarts=restarts)
@@ -154,15 +157,20 @@ def _preempting(asked: Words) -> Rules:
         raise click.UsageError(str(error)) from None
 
 
-def _same_again(directory: Path | None) -> str | None:
-    """The run that the same command again goes on with: the one in its directory, if the machine was taken away."""
-    if directory is None or (info := read_info(directory)) is None:
-        return None
-    why = directory_to_go_on_in(directory)
-    if why is None:
-        return None
+def _same_again(directory: Path, *, several_nodes: bool) -> Path:
+    """The directory of a run that the same command was given for before: one directory is one run.
+
+    With several nodes another one's `trainctl run` may have begun it a moment ago. Raises `ClientError` when it lives
+    and there is one node only.
+    """
+    directory = directory.absolute()
+    if not several_nodes:
+        asyncio.run(_ended_run(str(directory)))
+    info = read_info(directory)
+    assert info is not None
+    why = directory_to_go_on_in(directory) or "the directory is there already"
     click.echo(f"trainctl: {why}: going on with run {info.id}", err=True)
-    return str(directory.absolute())
+    return directory
 
 
 async def _ended_run(ref: str) -> Path:
