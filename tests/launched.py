@@ -80,6 +80,13 @@ def launched(output: Path, *torchrun: str, script: tuple[str, ...] = ()) -> Iter
         running.close()
 
 
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def states(run: list[str]) -> list[tuple[str, str]]:
     lines = trainctl("log", *run, "-n", "1000", "--kind", "state", "--json", check=False).stdout.splitlines()
     return [(line["state"], line["reason"] or "") for line in map(json.loads, lines)]

@@ -6,22 +6,14 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from jobs import job, trainctl, trainctl_json
-from launched import launched, states
+from launched import alive, launched, states
 from trainctl.wire.cards import read_cards
 from waiting import until
 
 pytestmark = pytest.mark.ranks
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
 
 
 def stuck_ranks(run: list[str]) -> dict[int, dict[str, Any]]:

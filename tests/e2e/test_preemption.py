@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from jobs import TRAINCTL, end_tree, free_port, job, trainctl, trainctl_json
-from launched import Launched, launched, states
+from launched import Launched, alive, launched, states
 from trainctl.wire.cards import read_cards
 from trainctl.wire.manifest import list_checkpoints
 from trainctl.wire.preemption import read_preempted
@@ -79,7 +79,7 @@ def test_what_reaches_no_boundary_in_the_grace_is_ended_and_what_was_good_stands
         stopped.suspend()
         running.process.send_signal(signal.SIGTERM)
         assert running.process.wait(60) == 75, running.log()
-        assert not stopped.is_running(), "a rank leads a session of its own, and must not be left behind"
+        assert not alive(stopped.pid), "a rank leads a session of its own, and must not be left behind"
         state, reason = until(lambda: (told := states(running.run)[-1])[0] != "running" and told, 20)
         assert state == "preempted"
         assert "the ranks reached no boundary within 2 s of SIGTERM; step-" in reason
@@ -140,21 +140,21 @@ class Node:
     """One torchrun of an elastic job of one to two nodes, on the loopback."""
 
     def __init__(self, output: Path, port: int, *, first: bool) -> None:
-        self._log = (output / f"node-{first}.log").open("w")
         self.log = output / f"node-{first}.log"
         rendezvous = [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic", "--rdzv-backend=c10d"]
         rendezvous += [f"--rdzv-conf=is_host={int(first)},last_call_timeout=2", "--local-addr=127.0.0.1"]
         script = [str(SCRIPT.with_name("regression.py")), str(output), "--steps", "100000", "--sleep", "0.05"]
         torchrun = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", *rendezvous]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", *torchrun, *script, "--checkpoint-every", "10"],
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1", "TRAINCTL_RUN_DIR": str(output / "run"), "TRAINCTL_RUN_ID": "elastic"}
-            | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-        )
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "torch.distributed.run", *torchrun, *script, "--checkpoint-every", "10"],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ
+                | {"OMP_NUM_THREADS": "1", "TRAINCTL_RUN_DIR": str(output / "run"), "TRAINCTL_RUN_ID": "elastic"}
+                | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+            )
 
     def lost(self) -> None:
         """As when the power goes: nobody says goodbye."""

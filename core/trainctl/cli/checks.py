@@ -162,8 +162,8 @@ def _colours(name: str) -> str:
 
 def sources() -> Finding:
     """Which setting came from where."""
-    names = ("TRAINCTL", "TRAINCTL_HOME", "TRAINCTL_CONFIG", "TRAINCTL_RUN", "TRAINCTL_RUN_ID")
-    names += ("TRAINCTL_PREEMPT_SIGNAL", "NO_COLOR")
+    homes, run = ("TRAINCTL", "TRAINCTL_HOME", "TRAINCTL_CONFIG"), ("TRAINCTL_RUN", "TRAINCTL_RUN_ID")
+    names = (*homes, *run, "TRAINCTL_PREEMPT_SIGNAL", "NO_COLOR")
     found = [f"{name}={os.environ[name]} (environment)" for name in names if name in os.environ]
     config = settings_file()
     if not config.exists():
