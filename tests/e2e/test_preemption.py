@@ -169,6 +169,11 @@ def steps(output: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
 
 
+def noted(run: list[str], actor: str) -> list[str]:
+    lines = trainctl("log", *run, "-n", "1000", "--kind", "note", "--json").stdout.splitlines()
+    return [line["text"] for line in map(json.loads, lines) if line["actor"] == actor]
+
+
 def test_a_lost_node_costs_the_steps_since_the_last_checkpoint_and_the_rest_goes_on_with_fewer_ranks(
     tmp_path: Path,
 ) -> None:
@@ -191,14 +196,16 @@ def test_a_lost_node_costs_the_steps_since_the_last_checkpoint_and_the_rest_goes
         resumed = steps(tmp_path)[0] - 1
         assert resumed % 10 == 0
         assert resumed >= 20
-        lines = trainctl("log", *run, "-n", "1000", "--kind", "note", "--json").stdout.splitlines()
-        notes = [line["text"] for line in map(json.loads, lines) if line["actor"] == "resume"]
+        assert until(lambda: trainctl_json("status", *run)["ranks"][0]["data_first"], 20) >= 2 * resumed
+        notes = noted(run, "resume")
         assert any("written by 2 ranks and read by 1: random numbers are not restored" in text for text in notes), notes
         place = f"the data goes on at micro-batch {2 * resumed} of each of 1 rank, after {resumed} of each of 2 ranks"
         assert any(place in text for text in notes), notes
         assert place in nodes[0].log.read_text()
         plan = trainctl("rollback", str(resumed), "--dry-run", *run).stdout
         assert "written by 2 ranks and read by 1" in plan
+        assert trainctl_json("rollback", str(resumed), "--yes", *run)["after"] == resumed
+        assert noted(run, "rollback") == [text.partition(": ")[2] for text in notes]
     finally:
         for node in nodes:
             end_tree(node.process)

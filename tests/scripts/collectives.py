@@ -59,9 +59,9 @@ def main() -> None:
             run.step_done()
             line = {"step": run.step, "attempt": run.attempt, "incarnation": run.incarnation, "pid": os.getpid()}
             print(json.dumps(line), file=record, flush=True)
+        if given.exit_75 and run.preempted:
+            sys.exit(75)
     dist.destroy_process_group()
-    if given.exit_75 and run.preempted:
-        sys.exit(75)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,10 @@ class Attempts:
                 with job.forwarding((signal.SIGINT,)):
                     request = self._attend(job)
                 self.request = request or self.request
-                if request is None or request.what == "abort" or job.interrupted or self._preemption.warned:
+                if request is None or request.what == "abort" or job.interrupted:
+                    return job.wait()
+                if self._preemption.warned:
+                    self._preemption.overtook(request.target)
                     return job.wait()
                 self.launch = self.launch.again(request.target)
                 click.echo(f"trainctl: restarting from {request.target}, asked for by {request.actor}", err=True)

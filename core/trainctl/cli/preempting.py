@@ -153,6 +153,11 @@ class Preemption:
             elif waited_s >= self._rules.grace_s:
                 self._give_up(job, f"the ranks reached no boundary within {self._rules.grace_s:g} s of SIGTERM")
 
+    def overtook(self, target: str) -> None:
+        """The ranks were ended for a restart from `target`, and there is no time for it any more."""
+        self._told_at_last(f"the restart from {target} was not begun")
+        self._gave_up_at = time.monotonic()
+
     def _tell(self, name: str) -> None:
         self._told = True
         try:
@@ -163,6 +168,12 @@ class Preemption:
             self._say(f"{name}: the ranks save one checkpoint and stop")
 
     def _give_up(self, job: Job, why: str) -> None:
+        self._told_at_last(why)
+        self._gave_up_at = time.monotonic()
+        job.end(signal.SIGTERM)
+
+    def _told_at_last(self, why: str) -> None:
+        """No rank says how it ended, so this does: to the user, the hub and the next `trainctl run`."""
         last = pick(list_checkpoints(RunDir(self._directory).checkpoints), "last")
         stands = f"{last.id} (step {last.step}) stands" if last is not None else "there is no checkpoint of this run"
         self.why = f"{signal.Signals(self._received[0]).name} on {socket.gethostname()}: {why}; {stands}"
@@ -171,8 +182,6 @@ class Preemption:
         if attempt:
             with contextlib.suppress(OSError):  # then the run is told as lost
                 record_preempted(self._directory, attempt=attempt, step=None, reason=self.why)
-        self._gave_up_at = time.monotonic()
-        job.end(signal.SIGTERM)
 
     def _say(self, text: str) -> None:
         click.echo(f"trainctl: {text}", err=True)

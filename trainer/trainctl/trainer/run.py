@@ -38,6 +38,7 @@ from trainctl.trainer.evaluation import evaluate
 from trainctl.trainer.preemption import farewell, listen
 from trainctl.trainer.tunables import TunableValue, Value
 from trainctl.wire.messages import LinkBye, RunStateName
+from trainctl.wire.preemption import REQUEUE_EXIT_CODE
 
 log = logging.getLogger(__name__)
 
@@ -331,7 +332,8 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        left_well = error is None or (isinstance(error, SystemExit) and error.code in {None, 0})
+        well = {None, 0, *([REQUEUE_EXIT_CODE] if self.preempted else [])}
+        left_well = error is None or (isinstance(error, SystemExit) and error.code in well)
         self.close(failed=None if left_well else f"{type(error).__name__}: {error}")
 
     # Inside
