@@ -80,6 +80,8 @@ def test_a_restart_that_the_warning_overtook_counts_as_preempted(tmp_path: Path)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert preemption.warned
         preemption.overtook("last")
+    assert preemption.verdict(1) is None, "the script never became a run: it is no run's end"
+    run_dir.info_file.write_text("{}")
     verdict = preemption.verdict(1)
     assert verdict is not None
     assert "the restart from last was not begun; there is no checkpoint of this run" in verdict

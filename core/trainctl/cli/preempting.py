@@ -8,6 +8,7 @@ process of a job, and that signal would end torchrun and orphan its ranks.
 """
 
 import contextlib
+import math
 import os
 import signal
 import socket
@@ -41,6 +42,7 @@ from trainctl.wire.rundir import RunDir
 from trainctl.wire.settings import PreemptionSettings, SettingsError, load_settings
 
 _KILLED_AFTER_S: Final = 5.0
+_FIRST_HEARING_S: Final = 2.0
 # Sets the signal to be ignored and becomes the command: what is ignored stays so over exec, in all children too.
 _IGNORING: Final = "import os, signal, sys; signal.signal(int(sys.argv[1]), 1); os.execv(sys.argv[2], sys.argv[2:])"
 
@@ -91,6 +93,15 @@ class Preemption:
         return msgspec.structs.replace(launch, command=command, environment=environment)
 
     @property
+    def _hearing_s(self) -> float:
+        """How long a rank may take to say that it heard. Where nothing is a run yet, there is nothing to be saved."""
+        return min(self._rules.grace_s / 2, math.inf if self._is_a_run else _FIRST_HEARING_S)
+
+    @property
+    def _is_a_run(self) -> bool:
+        return RunDir(self._directory).info_file.is_file()
+
+    @property
     def warned(self) -> bool:
         return bool(self._received)
 
@@ -102,7 +113,8 @@ class Preemption:
         if (left := self._left) is not None:
             return f"preempted at step {left.step}: {left.reason}"
         # Whatever torchrun says: nobody but the preemption ended it.
-        return f"preempted: {self.why}" if self._gave_up_at is not None and code != 0 else None
+        ended = self._gave_up_at is not None and code != 0 and self._is_a_run
+        return f"preempted: {self.why}" if ended else None
 
     @contextlib.contextmanager
     def listening(self) -> Generator[None, None, None]:
@@ -148,7 +160,7 @@ class Preemption:
             waited_s = now - self._terminated_at
             if problem is not None:
                 self._give_up(job, problem)
-            elif heard is None and waited_s >= self._rules.grace_s / 2:
+            elif heard is None and waited_s >= self._hearing_s:
                 self._give_up(job, "no rank heard of it: the script has not called Run.attach, or is past its end")
             elif waited_s >= self._rules.grace_s:
                 self._give_up(job, f"the ranks reached no boundary within {self._rules.grace_s:g} s of SIGTERM")
