@@ -15,7 +15,7 @@ from jobs import end_tree, free_port, job, trainctl, trainctl_json
 from launched import Launched, alive, launched, states
 from trainctl.wire.cards import read_cards
 from trainctl.wire.manifest import list_checkpoints
-from trainctl.wire.preemption import read_preempted
+from trainctl.wire.preemption import Warned, forget, read_heard, read_left, read_preempted, write_note
 from waiting import until
 
 pytestmark = pytest.mark.ranks
@@ -119,6 +119,45 @@ def test_bare_torchrun_leaves_thirty_seconds_after_sigterm_and_that_is_enough_fo
         (checkpoint,) = list_checkpoints(running.directory / "checkpoints")
         assert checkpoint.step == running.step()
         assert trainctl_json("status", "-r", str(running.directory))["state"] == "preempted"
+
+
+def test_a_warning_before_the_first_step_and_one_in_an_evaluation_wait_for_the_next_boundary(tmp_path: Path) -> None:
+    warning, checkpoints = tmp_path / "warning", tmp_path / "run" / "checkpoints"
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
+    place |= {"TRAINCTL_RUN_DIR": str(tmp_path / "run"), "TRAINCTL_PREEMPT_FILE": str(warning)}
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "--exit-75", *RARELY, "--eval-every"]
+
+    started_ones: list[subprocess.Popen[bytes]] = []
+
+    def started(every: int) -> "subprocess.Popen[bytes]":
+        env = os.environ | place | {"MASTER_PORT": str(free_port())}
+        started_ones.append(made := subprocess.Popen([*command, str(every)], env=env))
+        return made
+
+    try:
+        write_note(warning, Warned(reason="a signal", time=0.0))
+        with started(1000) as early:
+            assert early.wait(60) == 75
+        (first,) = list_checkpoints(checkpoints)
+        assert first.step >= 1
+        forget(warning)
+
+        (tmp_path / "long").touch()
+        with started(first.step + 3) as evaluating:
+            until((tmp_path / "evaluating").exists, 60, what="an evaluation")
+            write_note(warning, Warned(reason="a signal", time=0.0))
+            until(lambda: read_heard(warning), 30, what="it is heard meanwhile")
+            assert evaluating.poll() is None
+            (tmp_path / "long").unlink()
+            assert evaluating.wait(60) == 75
+        (_, second) = list_checkpoints(checkpoints)
+        left = read_left(warning)
+        assert left is not None
+        assert (left.step, left.reason) == (second.step, f"a signal; checkpoint {second.id}")
+        assert second.step > first.step + 3
+    finally:
+        for process in started_ones:
+            end_tree(process)
 
 
 # --- a node is lost
