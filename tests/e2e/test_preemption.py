@@ -1,12 +1,10 @@
-"""The machine is taken away as SLURM does it: a warning signal, then SIGTERM; and a node lost from an elastic job."""
+"""The machine is taken away as SLURM does it: a warning signal, then SIGTERM."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -15,7 +13,7 @@ from jobs import end_tree, free_port, job, trainctl, trainctl_json
 from launched import Launched, alive, launched, states
 from trainctl.wire.cards import read_cards
 from trainctl.wire.manifest import list_checkpoints
-from trainctl.wire.preemption import Warned, forget, read_heard, read_left, read_preempted, write_note
+from trainctl.wire.preemption import Warned, read_left, read_preempted, write_note
 from waiting import until
 
 pytestmark = pytest.mark.ranks
@@ -111,128 +109,35 @@ def test_without_torchrun_the_signal_on_any_one_rank_stops_all_of_them(tmp_path:
             end_tree(process)
 
 
-def test_bare_torchrun_leaves_thirty_seconds_after_sigterm_and_that_is_enough_for_a_checkpoint(tmp_path: Path) -> None:
-    with job("collectives.py", 1, tmp_path, RARELY, TRAINCTL_PREEMPT_SIGNAL="TERM") as running:
-        running.until_step(5)
+def test_bare_torchrun_leaves_thirty_seconds_after_sigterm_and_a_warning_in_an_evaluation_waits_for_its_end(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "long").touch()
+    with job("collectives.py", 1, tmp_path, [*RARELY, "--eval-every", "5"], TRAINCTL_PREEMPT_SIGNAL="TERM") as running:
+        until((tmp_path / "evaluating").exists, 60, what="an evaluation")
         running.process.send_signal(signal.SIGTERM)
+        until(lambda: "one checkpoint, then the run stops" in running.log(), 25, what="it is heard meanwhile")
+        assert list_checkpoints(running.directory / "checkpoints") == []
+        (tmp_path / "long").unlink()
         assert running.wait(60) == 1, "torchrun's own: whatever the ranks end with"
         (checkpoint,) = list_checkpoints(running.directory / "checkpoints")
-        assert checkpoint.step == running.step()
+        assert checkpoint.step == running.step() > 5
         assert trainctl_json("status", "-r", str(running.directory))["state"] == "preempted"
 
 
-def test_a_warning_before_the_first_step_and_one_in_an_evaluation_wait_for_the_next_boundary(tmp_path: Path) -> None:
-    warning, checkpoints = tmp_path / "warning", tmp_path / "run" / "checkpoints"
+def test_a_warning_before_the_first_step_is_acted_on_at_the_first_boundaries(tmp_path: Path) -> None:
+    warning = tmp_path / "warning"
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
     place |= {"TRAINCTL_RUN_DIR": str(tmp_path / "run"), "TRAINCTL_PREEMPT_FILE": str(warning)}
-    command = [sys.executable, str(SCRIPT), str(tmp_path), "--exit-75", *RARELY, "--eval-every"]
-
-    started_ones: list[subprocess.Popen[bytes]] = []
-
-    def started(every: int) -> "subprocess.Popen[bytes]":
-        env = os.environ | place | {"MASTER_PORT": str(free_port())}
-        started_ones.append(made := subprocess.Popen([*command, str(every)], env=env))
-        return made
-
+    write_note(warning, Warned(reason="a signal", time=0.0))
+    command = [sys.executable, str(SCRIPT), str(tmp_path), "--exit-75", *RARELY]
+    process = subprocess.Popen(command, env=os.environ | place | {"MASTER_PORT": str(free_port())})
     try:
-        write_note(warning, Warned(reason="a signal", time=0.0))
-        with started(1000) as early:
-            assert early.wait(60) == 75
-        (first,) = list_checkpoints(checkpoints)
-        assert first.step >= 1
-        forget(warning)
-
-        (tmp_path / "long").touch()
-        with started(first.step + 3) as evaluating:
-            until((tmp_path / "evaluating").exists, 60, what="an evaluation")
-            write_note(warning, Warned(reason="a signal", time=0.0))
-            until(lambda: read_heard(warning), 30, what="it is heard meanwhile")
-            assert evaluating.poll() is None
-            (tmp_path / "long").unlink()
-            assert evaluating.wait(60) == 75
-        (_, second) = list_checkpoints(checkpoints)
+        assert process.wait(60) == 75
+        (checkpoint,) = list_checkpoints(tmp_path / "run" / "checkpoints")
         left = read_left(warning)
         assert left is not None
-        assert (left.step, left.reason) == (second.step, f"a signal; checkpoint {second.id}")
-        assert second.step > first.step + 3
+        assert (left.step, left.reason) == (checkpoint.step, f"a signal; checkpoint {checkpoint.id}")
+        assert left.step >= 1
     finally:
-        for process in started_ones:
-            end_tree(process)
-
-
-# --- a node is lost
-
-
-class Node:
-    """One torchrun of an elastic job of one to two nodes, on the loopback."""
-
-    def __init__(self, output: Path, port: int, *, first: bool) -> None:
-        self.log = output / f"node-{first}.log"
-        rendezvous = [f"--rdzv-endpoint=127.0.0.1:{port}", "--rdzv-id=elastic", "--rdzv-backend=c10d"]
-        rendezvous += [f"--rdzv-conf=is_host={int(first)},last_call_timeout=2", "--local-addr=127.0.0.1"]
-        script = [str(SCRIPT.with_name("regression.py")), str(output), "--steps", "100000", "--sleep", "0.05"]
-        torchrun = ["--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", *rendezvous]
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "torch.distributed.run", *torchrun, *script, "--checkpoint-every", "10"],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=os.environ
-                | {"OMP_NUM_THREADS": "1", "TRAINCTL_RUN_DIR": str(output / "run"), "TRAINCTL_RUN_ID": "elastic"}
-                | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
-            )
-
-    def lost(self) -> None:
-        """As when the power goes: nobody says goodbye."""
-        torchrun = psutil.Process(self.process.pid)
-        for process in [torchrun, *torchrun.children()]:
-            process.kill()
-
-
-def steps(output: Path) -> list[int]:
-    path = output / "rank-0.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
-
-
-def noted(run: list[str], actor: str) -> list[str]:
-    lines = trainctl("log", *run, "-n", "1000", "--kind", "note", "--json").stdout.splitlines()
-    return [line["text"] for line in map(json.loads, lines) if line["actor"] == actor]
-
-
-def test_a_lost_node_costs_the_steps_since_the_last_checkpoint_and_the_rest_goes_on_with_fewer_ranks(
-    tmp_path: Path,
-) -> None:
-    port = free_port()
-    nodes = [Node(tmp_path, port, first=True)]
-    run = ["-r", str(tmp_path / "run")]
-    try:
-        nodes.append(Node(tmp_path, port, first=False))
-        until(lambda: steps(tmp_path)[-1:] > [25], 90, what="step 25 on two nodes")
-        until((tmp_path / "run" / "run.json").exists, 30, what="the hub")
-        assert trainctl_json("status", *run)["world_size"] == 2
-        nodes[1].lost()
-
-        def goes_on() -> Any:
-            found = trainctl_json("status", *run)
-            return found["attempt"] == 2 and found["state"] == "running" and found
-
-        status = until(goes_on, 90, what=f"the next attempt\n{nodes[0].log.read_text()[-2000:]}")
-        assert (status["id"], status["world_size"], len(status["ranks"])) == ("elastic", 1, 1)
-        resumed = steps(tmp_path)[0] - 1
-        assert resumed % 10 == 0
-        assert resumed >= 20
-        assert until(lambda: trainctl_json("status", *run)["ranks"][0]["data_first"], 20) >= 2 * resumed
-        notes = noted(run, "resume")
-        assert any("written by 2 ranks and read by 1: random numbers are not restored" in text for text in notes), notes
-        place = f"the data goes on at micro-batch {2 * resumed} of each of 1 rank, after {resumed} of each of 2 ranks"
-        assert any(place in text for text in notes), notes
-        assert place in nodes[0].log.read_text()
-        plan = trainctl("rollback", str(resumed), "--dry-run", *run).stdout
-        assert "written by 2 ranks and read by 1" in plan
-        assert trainctl_json("rollback", str(resumed), "--yes", *run)["after"] == resumed
-        assert noted(run, "rollback") == [text.partition(": ")[2] for text in notes]
-    finally:
-        for node in nodes:
-            end_tree(node.process)
+        end_tree(process)
