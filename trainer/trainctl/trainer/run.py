@@ -381,7 +381,8 @@ class Run:
             save_before_the_end(self._core)
         if saves is not None and saves.value and step == self._core.first_step + 1:
             self._warm()
-        if saves is not None and saves.value and step % int(saves.value) == 0:
+        # A stop inside the evaluation has saved this step already, and an abort wants nothing saved.
+        if saves is not None and saves.value and step % int(saves.value) == 0 and self._core.ending is None:
             begin_save(self._core)
 
     def _warm(self) -> None:
