@@ -16,6 +16,7 @@ from types import FrameType
 from typing import IO
 
 import msgspec
+import psutil
 
 from trainctl.client.discover import read_info
 from trainctl.client.errors import BadRequest
@@ -26,6 +27,7 @@ _RENDEZVOUS = ("--standalone", "--rdzv", "--master", "--nnodes", "--node-rank", 
 _PORT = "--master-port="
 _RESTARTABLE = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
 _TAIL_BYTES = 4000
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
@@ -90,7 +92,7 @@ def prepare(
     """
     require_torch()
     if run_id is None and directory is not None:
-        _refuse_another_runs(directory)
+        refuse_another_runs(directory)
     run_id = run_id or new_run_id(name, time.time())
     if not RUN_ID.match(run_id):
         raise BadRequest(f"{run_id!r} is no run id", "use at most 48 letters, digits, dots, dashes and underscores")
@@ -129,7 +131,7 @@ def prepare(
     )
 
 
-def _refuse_another_runs(directory: Path) -> None:
+def refuse_another_runs(directory: Path) -> None:
     """Two runs in one directory would be one history, and the second would go on from the first one's checkpoints."""
     if (info := read_info(directory)) is not None:
         raise BadRequest(
@@ -228,14 +230,23 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
+    def kill(self) -> None:
+        """SIGKILL to torchrun and the ranks it started: each leads a session of its own and would live on."""
+        if self.code is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for rank in psutil.Process(self._process.pid).children():
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        rank.kill()
+            self.end(signal.SIGKILL)
+
     @contextlib.contextmanager
-    def forwarding(self) -> Generator[None, None, None]:
-        """Pass SIGINT and SIGTERM on to the job, so that it ends and its own exit code is what counts."""
+    def forwarding(self, numbers: Sequence[int] = _ENDING) -> Generator[None, None, None]:
+        """Pass these signals on to the job, so that it ends and its own exit code is what counts."""
 
         def forward(number: int, _frame: FrameType | None) -> None:
             self.signal(number)
 
-        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, forward) for number in numbers}
         try:
             yield
         finally:

@@ -235,6 +235,17 @@ def _info(directory: Path, manifest: Manifest, *, abandoned: bool) -> Checkpoint
         verified=checked,
         note=manifest.note,
         abandoned=abandoned,
+        world_size=manifest.world_size,
+    )
+
+
+def resized_words(written_by: int, world_size: int) -> str:
+    """What is not exact when `world_size` ranks read what `written_by` wrote; empty where they are as many, or 0."""
+    if not written_by or not world_size or written_by == world_size:
+        return ""
+    return (
+        f"written by {written_by} rank{'s' * (written_by != 1)} and read by {world_size}: random numbers are not "
+        "restored, and each rank's place in the data is computed anew"
     )
 
 

@@ -188,6 +188,7 @@ class CheckpointInfo(Message, frozen=True, kw_only=True):
     where: Literal["disk", "memory"] = "disk"
     note: str | None = None
     abandoned: bool = False  # on a branch that a rollback left behind
+    world_size: int = 0  # how many ranks wrote it; 0: not known
 
 
 class CheckpointSaved(EventBase, frozen=True, kw_only=True, tag="checkpoint"):

@@ -18,7 +18,7 @@ from trainctl.trainer.actions import Actions, begin_branch, position, refusal
 from trainctl.trainer.agents import NodeAgent
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.buffer import RowBuffer
-from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, State
+from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, Loaded, State
 from trainctl.trainer.checkpoint.errors import RanksLost
 from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
 from trainctl.trainer.control import Control
@@ -33,6 +33,7 @@ from trainctl.trainer.link import HubProcess, Link
 from trainctl.trainer.meeting import Connection, Meeting, StoreSilent
 from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
+from trainctl.trainer.preemption import Preemption, Signalled
 from trainctl.trainer.sender import Figures, Sender
 from trainctl.trainer.tunables import Tunables
 from trainctl.wire.commands import Command, Rollback, spec_of
@@ -61,6 +62,7 @@ class Script:
     flops_per_step: float | None = None
     peak_flops: float | None = None
     sinks: Sequence[str] = ()
+    signalled: Signalled | None = None
 
 
 @dataclass(kw_only=True)
@@ -74,6 +76,7 @@ class Parts:
     sender: Sender
     place_file: Path | None
     tracked: dict[str, Any]
+    preemption: Preemption
     group: Any = None
 
 
@@ -100,7 +103,7 @@ def start(script: Script) -> Parts:
         core.overrides.log_on_device = lambda metric, rate: core.log(core.row_step, {metric: rate})
     core.flops = _flop_meter(script, core, device)
     if script.loader is not None:
-        core.feed = Feed(script.loader, capture_rng=capture_rng, restore_rng=restore_rng)
+        core.feed = Feed(script.loader, capture_rng=capture_rng, restore_rng=restore_rng, world_size=place.world_size)
     core.rank_places = gather_places(core, group)
     tracked: dict[str, Any] = {}
     alone_or_grouped = place.world_size == 1 or group is not None
@@ -255,6 +258,13 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
     agent = None
     with _telling("this node's GPUs are not shown"):
         agent = NodeAgent(job=job_id() or identity.id, node=place.node) if place.local_rank == 0 else None
+    preemption = Preemption(
+        core,
+        control=control,
+        reading=connections.reading if connections else None,
+        leader=leader,
+        signalled=script.signalled,
+    )
     sender = Sender(
         core,
         figures=Figures(core, control, connections.reading if connections else None),
@@ -262,6 +272,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
         link=link,
         leader=leader,
         info=lambda: run_info(script, core),
+        preemption=preemption,
     )
     return Parts(
         core=core,
@@ -271,6 +282,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
         sender=sender,
         place_file=_announce(core),
         tracked=tracked,
+        preemption=preemption,
     )
 
 
@@ -366,6 +378,7 @@ def resume(core: Core, group: Any) -> int | None:
             failed[checkpoint] = str(error)
             continue
         core.checkpointer.commit(loaded, restore_overrides=newest is None)
+        tell_notes(core, loaded)
         core.resumed_from, core.resumed_tunables = checkpoint, loaded.tunables
         if newest is not None:
             steering.put(core, newest)
@@ -380,6 +393,14 @@ def resume(core: Core, group: Any) -> int | None:
         core.reverts.rewound(0)
     begin_branch(core)
     return None
+
+
+def tell_notes(core: Core, loaded: Loaded) -> None:
+    """What is not as it was, to the log and to the operator."""
+    if core.place.leads:
+        for text in loaded.notes:
+            log.warning("trainctl: resumed from %s: %s", loaded.id, text)
+            core.note("resume", f"{loaded.id}: {text}")
 
 
 def _newest(core: Core) -> steering.Steering | None:

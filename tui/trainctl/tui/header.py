@@ -67,7 +67,16 @@ def headline(model: RunModel, symbols: Symbols, now: float | None = None) -> Hea
                 age=since,
                 story=plain(state.reason or "no step for far longer than a step takes; every command still works"),
             )
-        case "lost" | "failed" | "preempted":
+        case "preempted":
+            return Headline(
+                glyph=symbols.stalled,
+                word="PREEMPTED",
+                tone=Tone.STALLED,
+                age=since,
+                story=f"the machine was taken away: {_death(model)}",
+                hint=f"trainctl run --resume {plain(model.info.id)} goes on" if model.info else "",
+            )
+        case "lost" | "failed":
             return Headline(
                 glyph=symbols.lost,
                 word=state.state.upper(),

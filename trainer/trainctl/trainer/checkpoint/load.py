@@ -16,6 +16,7 @@ from trainctl.trainer.checkpoint.capture import Captured
 from trainctl.trainer.checkpoint.errors import CheckpointError, RanksLost
 from trainctl.trainer.checkpoint.index import read_index
 from trainctl.trainer.checkpoint.ranks import Ranks
+from trainctl.trainer.checkpoint.resized import not_exact
 from trainctl.trainer.checkpoint.rng import restore_rng
 from trainctl.trainer.checkpoint.save import DCP_METADATA, rank_file
 from trainctl.trainer.checkpoint.sharded import local_part, twin
@@ -155,9 +156,8 @@ def _read_rank(path: Path, manifest: Manifest, ranks: Ranks, state: State, live:
     own: dict[str, Node] = content["own"]
     notes = _compare_parts(state, live, shared, own)
     if not same:
-        notes.append(
-            f"written by {manifest.world_size} ranks and read by {ranks.world_size}: random numbers are not restored"
-        )
+        loader = decode(own["loader"], _no_reference) if "loader" in own else None
+        notes += not_exact(before=manifest.world_size, now=ranks.world_size, loader=loader)
     wanted = {name: node for name, node in shared.items() if name in live.nodes}
     reader = FileSystemReader(path)
     metadata = read_index(path, manifest)
