@@ -24,6 +24,7 @@ class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     checkpoint: str
     verified: bool | None
+    in_memory: bool
     from_step: int
     to_step: int
     steps_lost: int
@@ -48,7 +49,9 @@ class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
             words += f", and this goes: {self._set()}" if self.overrides else ""
         elif self.overrides:
             words += f"; what operators have set stays: {self._set()}"
-        if self.verified is None:
+        if self.in_memory:
+            words += "; it is taken from the ranks' memory, and from disk where that changes before"
+        elif self.verified is None:
             words += "; the checkpoint is verified before anything is touched"
         return words
 
@@ -92,7 +95,7 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
     model = session.model
     found = (await session.checkpoints()).checkpoints
     info = picked(found, action.target)
-    if info.verified is False:
+    if info.verified is False and not info.in_memory:
         older = [other for other in found if other.time < info.time and other.verified is not False]
         raise Rejected(
             f"checkpoint {info.id} is damaged; nothing was done",
@@ -106,6 +109,7 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
         target=action.target,
         checkpoint=info.id,
         verified=info.verified,
+        in_memory=info.in_memory,
         from_step=state.step,
         to_step=info.step,
         steps_lost=lost,

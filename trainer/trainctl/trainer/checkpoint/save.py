@@ -19,10 +19,11 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlan
 
+from trainctl.trainer.checkpoint.background import Background, Pace
 from trainctl.trainer.checkpoint.errors import CheckpointError
+from trainctl.trainer.checkpoint.paced_files import PacedWriter
 from trainctl.trainer.checkpoint.ranks import Ranks
 from trainctl.trainer.checkpoint.sharded import local_part
 from trainctl.trainer.checkpoint.tree import Node
@@ -61,18 +62,28 @@ class Snapshot:
     shared: dict[str, Node] = field(default_factory=dict)
     own: dict[str, Node] = field(default_factory=dict)
     problem: str | None = None
+    time: float = field(default_factory=time.time)
 
 
 class PendingSave:
-    """A save that runs in the background."""
+    """A save that runs in the background, or waits there for the one before it."""
 
-    def __init__(self, *, id: str, stall_s: float, write: Callable[[], int]) -> None:  # noqa: A002 - the field's word
+    def __init__(
+        self,
+        *,
+        id: str,  # noqa: A002 - the field's word
+        stall_s: float,
+        write: Callable[[], int],
+        background: Background,
+        pace: Pace,
+    ) -> None:
         self.id = id
         self.stall_s = stall_s
         self._write = write
+        self._pace = pace
         self._result: SaveResult | None = None
-        self._thread = threading.Thread(target=self._run, name=f"trainctl-save-{id}", daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()
+        background.put(self._run)
 
     def done(self) -> bool:
         """Whether `result` would answer at once."""
@@ -80,7 +91,9 @@ class PendingSave:
 
     def result(self, timeout_s: float | None = None) -> SaveResult:
         """Wait for the end. Raises TimeoutError when it takes longer; the save goes on."""
-        self._thread.join(timeout_s)
+        if self._result is None:
+            with self._pace.hurried():
+                self._ended.wait(timeout_s)
         if self._result is None:
             raise TimeoutError(f"checkpoint {self.id} is still being written")
         return self._result
@@ -92,20 +105,41 @@ class PendingSave:
             size = self._write()
         except CheckpointError as error:
             problem = str(error)
-        except BaseException as error:  # noqa: BLE001 - the thread ends here, and the result must say so
+        except BaseException as error:  # noqa: BLE001 - the thread goes on to the next, and the result must say so
             problem = f"{type(error).__name__}: {error}"
         self._result = SaveResult(
             id=self.id, bytes=size, stall_s=self.stall_s, write_s=time.perf_counter() - started, error=problem
         )
+        self._ended.set()
 
 
-def write(directory: Path, snapshot: Snapshot, ranks: Ranks) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """A state that every rank has copied: what it takes over all ranks, and which states all of them have in memory."""
+
+    bytes: int
+    in_memory: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How a rank writes. `held` names the states it has in memory; `taken` hears when every rank has copied this one."""
+
+    pace: Pace
+    held: Callable[[], list[str]]
+    taken: Callable[[Taken], None]
+
+
+def write(directory: Path, snapshot: Snapshot, ranks: Ranks, writing: Writing) -> int:
     """Make the snapshot a checkpoint; its size in bytes. A collective. Raises CheckpointError, alike on all ranks."""
     stage = directory / f".{snapshot.id}.stage"
     try:
-        needed = _needed(snapshot, ranks)
-        ranks.on_first("the checkpoint cannot be begun", lambda: _open_stage(directory, stage, snapshot.id, needed))
-        files = _write_files(stage, snapshot, ranks)
+        taken = _taken(snapshot, ranks, writing.held())
+        writing.taken(taken)
+        ranks.on_first(
+            "the checkpoint cannot be begun", lambda: _open_stage(directory, stage, snapshot.id, taken.bytes)
+        )
+        files = _write_files(stage, snapshot, ranks, writing.pace)
         ranks.on_first("the checkpoint cannot be completed", lambda: _commit(directory, stage, snapshot, ranks, files))
     except CheckpointError:
         if ranks.first:
@@ -115,7 +149,7 @@ def write(directory: Path, snapshot: Snapshot, ranks: Ranks) -> int:
     return sum(file.bytes for file in files)
 
 
-def _needed(snapshot: Snapshot, ranks: Ranks) -> int:
+def _taken(snapshot: Snapshot, ranks: Ranks, held: list[str]) -> Taken:
     ranks.together("the state cannot be taken", lambda: _refuse(snapshot.problem))
     plain = sharded = 0
     for tensor in snapshot.tensors.values():
@@ -125,8 +159,11 @@ def _needed(snapshot: Snapshot, ranks: Ranks) -> int:
             plain += size
         else:
             sharded += size
-    sizes = ranks.gather((plain, sharded))
-    return max(size[0] for size in sizes) + sum(size[1] for size in sizes)
+    told = ranks.gather((plain, sharded, held))
+    return Taken(
+        bytes=max(size for size, _, _ in told) + sum(size for _, size, _ in told),
+        in_memory=[name for name in told[0][2] if all(name in names for _, _, names in told)],
+    )
 
 
 def _refuse(problem: str | None) -> None:
@@ -150,13 +187,13 @@ def _open_stage(directory: Path, stage: Path, checkpoint_id: str, needed: int) -
     stage.mkdir(mode=0o700)
 
 
-def _write_files(stage: Path, snapshot: Snapshot, ranks: Ranks) -> list[ManifestFile]:
+def _write_files(stage: Path, snapshot: Snapshot, ranks: Ranks, pace: Pace) -> list[ManifestFile]:
     """Write and sync all files; on every rank the list of all of them."""
     # Not dcp.save: it warns about a single rank, and its failures are a BaseException that other ranks wait on.
     planner = DefaultSavePlanner(
         flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True
     )
-    writer = FileSystemWriter(stage, thread_count=1, sync_files=True)
+    writer = PacedWriter(stage, pace)
 
     def local_plan() -> SavePlan:
         planner.set_up_planner(snapshot.tensors, writer.storage_meta(), ranks.first)
@@ -177,7 +214,7 @@ def _write_files(stage: Path, snapshot: Snapshot, ranks: Ranks) -> list[Manifest
     ranks.on_first(
         "the checkpoint's index cannot be written", lambda: writer.finish(agreed[1], results) if agreed else None
     )
-    mine = ranks.together("the checkpoint cannot be hashed", lambda: _hash_own(stage, ranks))
+    mine = ranks.together("the checkpoint cannot be hashed", lambda: _hash_own(stage, ranks, writer.files.hashed))
     return [file for files in ranks.gather(mine) for file in files]
 
 
@@ -200,15 +237,18 @@ def _write_rank(stage: Path, snapshot: Snapshot, ranks: Ranks) -> None:
         os.fsync(file.fileno())
 
 
-def _hash_own(stage: Path, ranks: Ranks) -> list[ManifestFile]:
-    """Size and hash of the files that this rank wrote, read back from the file system."""
+def _hash_own(stage: Path, ranks: Ranks, hashed: dict[str, tuple[int, str]]) -> list[ManifestFile]:
+    """Size and hash of the files that this rank wrote: of the large ones as they were written, of the others read back.
+
+    What the file system then makes of it is judged by whoever verifies: reading back here would only ask the page cache.
+    """
     names = [path.name for path in stage.glob(f"__{ranks.rank}_*.distcp")]
     names.append(rank_file(ranks.rank))
     if ranks.first:
         names.append(DCP_METADATA)
     found = []
     for name in sorted(names):
-        size, digest = hash_file(stage / name)
+        size, digest = hashed.get(name) or hash_file(stage / name)
         found.append(ManifestFile(name=name, bytes=size, sha256=digest))
     return found
 

@@ -1,0 +1,95 @@
+"""Files of a checkpoint as the background writes them: in pieces, hashed on the way, synced as they grow.
+
+It is torch.distributed.checkpoint's own writer and format; only the file underneath is ours. A sync of all at the end
+would keep the disk busy for seconds at once, and so anything of training that waits for the same disk.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
+
+from trainctl.trainer.checkpoint.background import Pace
+
+# Both calls let go of the interpreter's lock for as long as a piece takes: about a millisecond.
+_PIECE_BYTES = 1024 * 1024
+_SYNC_BYTES = 32 * 1024 * 1024
+
+
+class PacedFile(io.RawIOBase):
+    """A new file that is written from its beginning to its end. Raises OSError as any file does."""
+
+    def __init__(self, path: Path, pace: Pace) -> None:
+        super().__init__()
+        self._file = path.open("wb", buffering=0)
+        self._pace = pace
+        self._digest = hashlib.sha256()
+        self._size = 0
+        self._synced = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        """Write all of it: unlike other raw files, this one never stops half-way."""
+        with memoryview(data).cast("B") as view:
+            for start in range(0, len(view), _PIECE_BYTES):
+                piece = view[start : start + _PIECE_BYTES]
+                written = 0
+                while written < len(piece):
+                    written += self._file.write(piece[written:]) or 0
+                self._digest.update(piece)
+                self._size += len(piece)
+                if self._size - self._synced >= _SYNC_BYTES:
+                    os.fdatasync(self._file.fileno())
+                    self._synced = self._size
+                self._pace.rest()
+            return len(view)
+
+    def tell(self) -> int:
+        return self._size
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    @property
+    def hashed(self) -> tuple[int, str]:
+        """Size and SHA-256 of what was written."""
+        return self._size, self._digest.hexdigest()
+
+
+class PacedFileSystem(FileSystem):
+    """`hashed`: size and hash by the name of every file that was written to its end."""
+
+    def __init__(self, pace: Pace) -> None:
+        super().__init__()
+        self._pace = pace
+        self.hashed: dict[str, tuple[int, str]] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        if mode != "wb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with PacedFile(Path(path), self._pace) as file:
+            yield file
+            self.hashed[Path(path).name] = file.hashed
+
+
+class PacedWriter(FileSystemWriter):
+    """torch.distributed.checkpoint's writer over such files, one a rank."""
+
+    def __init__(self, directory: Path, pace: Pace) -> None:
+        super().__init__(directory, thread_count=1, sync_files=True)
+        self.files = PacedFileSystem(pace)
+        self.fs = self.files
