@@ -1,5 +1,6 @@
 """The checkpoints of one run, as a rank sees them: save, load, commit."""
 
+import contextlib
 import math
 import threading
 import time
@@ -38,7 +39,7 @@ class Checkpointer:
     """Takes and restores the state of a run; every method is for the main thread at a boundary.
 
     `memory_checkpoints` states stay in host memory, within `memory_budget` bytes on this rank (None: its share of what
-    is free on the node, which `local_ranks` ranks divide among them); 0 keeps none beside the one that is being written.
+    is free on the node, which `local_ranks` ranks divide among them); 0 keeps none but the one that is being written.
 
     `directory` is the run's `checkpoints` directory, `group` a gloo group that nobody else uses (None for one rank).
     What a crash left half-written is removed when rank 0 makes its own. Raises ValueError without a group for ranks.
@@ -84,9 +85,8 @@ class Checkpointer:
 
         def make() -> None:
             try:
-                self._tier.grow(layout, pinned=pinned)
-            except (MemoryError, OSError, RuntimeError):
-                pass  # the save that needs it will tell
+                with contextlib.suppress(MemoryError, OSError, RuntimeError):  # the save that needs it will tell
+                    self._tier.grow(layout, pinned=pinned)
             finally:
                 warmed.set()
 
@@ -165,21 +165,16 @@ class Checkpointer:
             self._in_memory = [known[name] for name in found.in_memory if name in known]
 
         try:
-            return write(
-                self.directory,
-                snapshot,
-                self._ranks,
-                Writing(pace=self._pace, held=lambda: self._tier.ids, taken=taken),
-            )
+            writing = Writing(pace=self._pace, held=lambda: self._tier.ids, taken=taken)
+            return write(self.directory, snapshot, self._ranks, writing)
         finally:
             if slot is not None:
                 self._tier.release(slot, keep=everywhere)
 
     def _grow(self, slot: Slot) -> None:
-        try:
+        # Without the memory fewer states stay, which `memory_bytes` shows.
+        with contextlib.suppress(MemoryError, OSError, RuntimeError):
             self._tier.grow(slot.buffers.layout, pinned=slot.buffers.pinned)
-        except (MemoryError, OSError, RuntimeError):
-            pass  # fewer states stay in memory, which `memory_bytes` shows
 
     def _staged(self, *, may_leave_out: bool) -> tuple[Slot | None, dict[str, Any]]:
         """A slot with a copy of the state, and the state; without a slot the problem that all ranks are to hear of."""
@@ -223,8 +218,8 @@ class Checkpointer:
     def load(self, id: str) -> Loaded:  # noqa: A002 - the field's word
         """Find a checkpoint in memory, where every rank has it there, else verify it on disk and read it from there.
 
-        Call it on every rank. Nothing live is touched. Saves that still run are waited for. Raises CheckpointError, the same on every rank, naming the file or the
-        part that is wrong; ValueError for an id that is no file name.
+        Call it on every rank. Nothing live is touched. Saves that still run are waited for. Raises CheckpointError, the
+        same on every rank, naming the file or the part that is wrong; ValueError for an id that is no file name.
         """
         _check_id(id)
         self._settle()
@@ -249,8 +244,8 @@ class Checkpointer:
         """Copy a loaded checkpoint into the live state. No collective, nothing to verify: assignment only.
 
         `restore_overrides=False` leaves the operator's overrides and the tunables as they are now. Afterwards make the
-        data iterator anew, then call `loaded.restore_rng()`. Raises CheckpointError, before anything is touched, for one
-        from memory that a later save has overwritten.
+        data iterator anew, then call `loaded.restore_rng()`. Raises CheckpointError, before anything is touched, for
+        one from memory that a later save has overwritten.
         """
         if not loaded.whole():
             raise CheckpointError(f"checkpoint {loaded.id} was overwritten in memory by a later save: load it again")

@@ -1,16 +1,19 @@
 """The memory tier: the newest states of a run in host memory, in the very buffers that saves stage into.
 
-A save claims a slot, copies the state into it, and the background writes the slot to disk. Afterwards the slot keeps the
-state until a later save needs the room: nothing is copied twice. Each rank keeps its own part, within a budget.
+A save claims a slot, copies the state into it, and the background writes the slot to disk. Afterwards the slot keeps
+the state until a later save needs the room: nothing is copied twice. Each rank keeps its own part, within a budget.
 
 Never more than the budget is held, except that one slot always is: without it nothing can be saved.
 """
 
 import threading
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from trainctl.trainer.checkpoint.save import Snapshot
 from trainctl.trainer.checkpoint.stage import Buffers, Layout, bytes_for
+
+if TYPE_CHECKING:
+    from trainctl.trainer.checkpoint.save import Snapshot
 
 
 class Slot:

@@ -1,7 +1,7 @@
 """A state of the memory tier as a checkpoint to commit: nothing is read, and nothing is copied before the commit.
 
-It is not hashed. The bytes never left this process since they were copied from the live state, so a hash could only find
-what would have damaged the live weights just as well, and costs several times the copy.
+It is not hashed. The bytes never left this process since they were copied from the live state, so a hash could only
+find what would have damaged the live weights just as well, and it costs several times the copy.
 """
 
 from trainctl.trainer.checkpoint.capture import Captured

@@ -123,7 +123,7 @@ class Taken:
 
 @dataclass(frozen=True, kw_only=True)
 class Writing:
-    """How a rank writes. `held` names the states it has in memory; `taken` hears when every rank has copied this one."""
+    """How a rank writes. `held` names the states it has in memory; `taken` hears when every rank has copied one."""
 
     pace: Pace
     held: Callable[[], list[str]]
@@ -238,9 +238,9 @@ def _write_rank(stage: Path, snapshot: Snapshot, ranks: Ranks) -> None:
 
 
 def _hash_own(stage: Path, ranks: Ranks, hashed: dict[str, tuple[int, str]]) -> list[ManifestFile]:
-    """Size and hash of the files that this rank wrote: of the large ones as they were written, of the others read back.
+    """Size and hash of the files that this rank wrote: of the large ones as they were written, the others read back.
 
-    What the file system then makes of it is judged by whoever verifies: reading back here would only ask the page cache.
+    What the file system makes of it is judged by whoever verifies: reading back here would only ask the page cache.
     """
     names = [path.name for path in stage.glob(f"__{ranks.rank}_*.distcp")]
     names.append(rank_file(ranks.rank))

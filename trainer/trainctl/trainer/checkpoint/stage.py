@@ -81,9 +81,9 @@ def _places(layout: Layout) -> tuple[list[tuple[int, int]], list[int]]:
 
 
 def _taken(slabs: list[int], *, pinned: bool) -> int:
-    return sum(
-        1 << (size - 1).bit_length() if pinned and size else -(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in slabs
-    )
+    if pinned:
+        return sum(1 << (size - 1).bit_length() for size in slabs if size)
+    return sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in slabs)
 
 
 def _pinned(size: int) -> torch.Tensor:
