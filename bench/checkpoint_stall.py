@@ -10,8 +10,8 @@ least, and `median`. All run in one process with the same number of threads:
 warm_copy    into buffers that were allocated and touched before      cold_copy    into new ones
 torch_save   torch.save of the state dicts, without fsync             dcp_save     torch.distributed.checkpoint.save
 dcp_async    dcp.async_save with DefaultStager, all its flags off: the configuration that reuses its buffers on a CPU
-ours         Checkpointer.begin_save, with agreement on one rank      ours_write   what then happens in the background
-copy_back    from warm buffers into the live tensors                  rollback     Checkpointer.load + commit from memory
+ours         Checkpointer.begin_save, on one rank                     ours_write   what then happens in the background
+copy_back    from warm buffers into the live tensors                  rollback     load and commit, from memory
 
 `ratio` is ours / warm_copy and `rollback_ratio` rollback / copy_back, each of the medians and of the best.
 """

@@ -215,6 +215,7 @@ class RolledBack(EventBase, frozen=True, kw_only=True, tag="rollback"):
     skipped_batches: Number = 0
     lr_scale: float | None = None
     actor: str = ""
+    from_memory: bool = False  # every rank had the state in host memory; else it was read from disk
 
 
 class Anomaly(EventBase, frozen=True, kw_only=True, tag="anomaly"):

@@ -339,6 +339,7 @@ def roll_back(core: Core, loaded: Loaded, action: Rollback, proposal: Proposal) 
             skipped_batches=action.skip_batches,
             lr_scale=action.lr_scale,
             actor=proposal.actor,
+            from_memory=loaded.from_memory,
         )
     )
     core.buffer.put(Rewind(step, core.incarnation, dict(loaded.metrics)))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 
 # Of the time that it could work, measured in its own processor time: waiting for the disk is a rest already.
 SHARE = 0.5
-_NICE = 19
+NICE = 19
 _SHORTEST_REST_S = 0.002
 _LONGEST_REST_S = 0.1
 
@@ -23,7 +23,8 @@ _LONGEST_REST_S = 0.1
 class Pace:
     """Rests between pieces of work, so that they take `share` of the time of one core."""
 
-    def __init__(self, share: float = SHARE) -> None:
+    def __init__(self, share: float | None = None) -> None:
+        share = SHARE if share is None else share
         self._rest_for = (1.0 - share) / share
         self._waiting = 0
         self._lock = threading.Lock()
@@ -90,7 +91,7 @@ class Background:
 
     def _run(self) -> None:
         with contextlib.suppress(OSError):  # a sandbox may forbid it; the rests remain
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         self._pace.begin()
         while True:
             with self._lock:
