@@ -32,6 +32,8 @@ def test_what_is_gone_from_disk_is_listed_and_restored_from_memory_exactly(tmp_p
         ranks = trainctl_json("status", *run)["ranks"]
         assert all(rank["checkpoint_memory_bytes"] > 0 for rank in ranks)
 
+        assert f"in memory: steps {', '.join(map(str, in_memory))};" in trainctl("status", *run).stdout
+
         target = in_memory[0]
         shutil.rmtree(running.directory / "checkpoints" / found[target]["id"])
         assert listed()[target]["where"] == "memory"
