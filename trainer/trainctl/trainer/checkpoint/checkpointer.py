@@ -29,6 +29,7 @@ from trainctl.wire.messages import CheckpointInfo
 from trainctl.wire.rundir import RUN_ID
 
 MEMORY_CHECKPOINTS = 3
+_NOTE = 200
 _LEFT_OUT = (
     "left out: the one before it is still being written, and there is no further room in host memory to copy this one "
     "to. Save less often, or give Run.attach a larger memory_budget; training did not wait"
@@ -106,7 +107,7 @@ class Checkpointer:
     @property
     def full(self) -> bool:
         """Whether a save that began now would have to wait for one that is being written."""
-        return bool(self._unfinished()) and not self._tier.has_idle
+        return self._tier.full
 
     def begin_save(
         self,
@@ -265,15 +266,16 @@ class Checkpointer:
 
 
 def _info(snapshot: Snapshot, size: int) -> CheckpointInfo:
+    """It goes with every heartbeat, so of the metrics only those that tell which is the best."""
     return CheckpointInfo(
         id=snapshot.id,
         step=snapshot.step,
         time=snapshot.time,
         bytes=size,
         incarnation=snapshot.incarnation,
-        metrics=snapshot.metrics,
+        metrics={name: value for name, value in snapshot.metrics.items() if name in {"val_loss", "loss"}},
         where="memory",
-        note=snapshot.note,
+        note=snapshot.note[:_NOTE] if snapshot.note is not None else None,
         in_memory=True,
     )
 

@@ -54,10 +54,10 @@ class MemoryTier:
             return [slot.state.id for slot in sorted(self._slots, key=_age) if slot.state is not None]
 
     @property
-    def has_idle(self) -> bool:
-        """Whether a slot could be claimed without waiting, were the layout the same."""
+    def full(self) -> bool:
+        """Whether every slot is being written, so that another state of the same layout has to wait."""
         with self._lock:
-            return any(not slot.busy for slot in self._slots)
+            return bool(self._slots) and all(slot.busy for slot in self._slots)
 
     def find(self, checkpoint_id: str) -> Slot | None:
         """The slot that has the state of a checkpoint."""
