@@ -4,7 +4,7 @@
 
 Ranks train a small model with DistributedDataParallel over gloo, one thread each, so that two ranks keep two cores busy
 with steps of about 10 ms; the state carries a tensor of `--megabytes` besides. Each way of writing runs in a job of its
-own, in this call. Prints one JSON line. Of each way: the mean and the 99th percentile of rank 0's steps alone and while
+own, in this call. Prints one JSON line. Of each way: mean, median and 99th percentile of rank 0's steps alone and while
 a checkpoint is written, `slower` the ratio of the means, `extra_s` what all steps of one write lost together, and
 `write_s`. The ways:
 
@@ -38,7 +38,7 @@ from trainctl.trainer.checkpoint import Accessor, Checkpointer, State, backgroun
 WAYS = ("ours", "unlimited", "dcp_async")
 _WIDTH = 512
 _LAYERS = 6
-_BATCH = 48
+_BATCH = 16
 _QUIET_STEPS = 150
 
 
@@ -141,10 +141,13 @@ def rank_main(way: str, directory: Path, megabytes: int, saves: int) -> None:
 def judged(told: dict[str, list[float]], saves: int) -> dict[str, object]:
     quiet, busy = told["quiet"], told["busy"]
     alone, beside = statistics.fmean(quiet), statistics.fmean(busy)
+    middle = {"alone": statistics.median(quiet), "while_writing": statistics.median(busy)}
     return {
         "step_s": {"alone": round(alone, 5), "while_writing": round(beside, 5)},
+        "median_s": {name: round(value, 5) for name, value in middle.items()},
         "p99_s": {"alone": round(_p99(quiet), 5), "while_writing": round(_p99(busy), 5)},
         "slower": round(beside / alone, 3),
+        "median_slower": round(middle["while_writing"] / middle["alone"], 3),
         "extra_s": round((beside - alone) * len(busy) / saves, 3),
         "write_s": round(statistics.median(told["writes"]), 3),
     }
