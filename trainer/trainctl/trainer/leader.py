@@ -132,12 +132,12 @@ class Leader(threading.Thread):
             self._serve(item)
 
     def _next(self) -> _Item | None:
-        """The next command whose boundary can come soon: what has to wait for an evaluation lets others pass."""
+        """The next command whose boundary can come soon: what waits for an evaluation or a save lets others pass."""
         while True:
-            for item in self._aside:
-                if not self._waits(item):
-                    self._aside.remove(item)
-                    return item
+            ready = next((waiting for waiting in self._aside if not self._waits(waiting)), None)
+            if ready is not None:
+                self._aside.remove(ready)
+                return ready
             try:
                 item = self._commands.get(timeout=_WAIT_OVER_S if self._aside else None)
             except queue.Empty:

@@ -19,6 +19,7 @@ from trainctl.trainer.checkpoint.background import Pace
 # Both calls let go of the interpreter's lock for as long as a piece takes: about a millisecond.
 _PIECE_BYTES = 1024 * 1024
 _SYNC_BYTES = 32 * 1024 * 1024
+_SMALL_BYTES = 64 * 1024
 
 
 class PacedFile(io.RawIOBase):
@@ -29,41 +30,65 @@ class PacedFile(io.RawIOBase):
         self._file = path.open("wb", buffering=0)
         self._pace = pace
         self._digest = hashlib.sha256()
+        self._small = bytearray()  # headers and small tensors, until they make a piece
         self._size = 0
-        self._synced = 0
+        self._unsynced = 0
 
     def writable(self) -> bool:
         return True
 
     def write(self, data: Any) -> int:
-        """Write all of it: unlike other raw files, this one never stops half-way."""
+        """Take all of it: unlike other raw files, this one never stops half-way."""
         with memoryview(data).cast("B") as view:
-            for start in range(0, len(view), _PIECE_BYTES):
-                piece = view[start : start + _PIECE_BYTES]
-                written = 0
-                while written < len(piece):
-                    written += self._file.write(piece[written:]) or 0
-                self._digest.update(piece)
-                self._size += len(piece)
-                if self._size - self._synced >= _SYNC_BYTES:
-                    os.fdatasync(self._file.fileno())
-                    self._synced = self._size
-                self._pace.rest()
-            return len(view)
+            size = len(view)
+            if size < _SMALL_BYTES:
+                self._small += view
+                if len(self._small) >= _PIECE_BYTES:
+                    self.flush()
+            else:
+                self.flush()
+                self._put(view)
+        self._size += size
+        self._pace.rest()
+        return size
+
+    def flush(self) -> None:
+        if not self.closed and self._small:
+            small, self._small = self._small, bytearray()
+            with memoryview(small) as view:
+                self._put(view)
+
+    def _put(self, view: memoryview) -> None:
+        for start in range(0, len(view), _PIECE_BYTES):
+            piece = view[start : start + _PIECE_BYTES]
+            written = 0
+            while written < len(piece):
+                written += self._file.write(piece[written:]) or 0
+            self._digest.update(piece)
+            self._unsynced += len(piece)
+            if self._unsynced >= _SYNC_BYTES:
+                os.fdatasync(self._file.fileno())
+                self._unsynced = 0
+            self._pace.rest()
 
     def tell(self) -> int:
         return self._size
 
     def fileno(self) -> int:
+        self.flush()  # who asks is going to sync
         return self._file.fileno()
 
     def close(self) -> None:
-        self._file.close()
-        super().close()
+        try:
+            self.flush()
+        finally:
+            self._file.close()
+            super().close()
 
     @property
     def hashed(self) -> tuple[int, str]:
-        """Size and SHA-256 of what was written."""
+        """Size and SHA-256 of what was written; ask after the last write."""
+        self.flush()
         return self._size, self._digest.hexdigest()
 
 
