@@ -23,7 +23,11 @@ _SMALL_BYTES = 64 * 1024
 
 
 class PacedFile(io.RawIOBase):
-    """A new file that is written from its beginning to its end. Raises OSError as any file does."""
+    """A new file that is written from its beginning to its end. Raises OSError as any file does, but for writing once.
+
+    torch's zip writer ends its archive from a destructor when a write has failed, and an error in there would end the
+    process: so after the first one what is written is thrown away, and whoever asks for descriptor or hash is told.
+    """
 
     def __init__(self, path: Path, pace: Pace) -> None:
         super().__init__()
@@ -33,6 +37,7 @@ class PacedFile(io.RawIOBase):
         self._small = bytearray()  # headers and small tensors, until they make a piece
         self._size = 0
         self._unsynced = 0
+        self._failed: OSError | None = None
 
     def writable(self) -> bool:
         return True
@@ -59,6 +64,15 @@ class PacedFile(io.RawIOBase):
                 self._put(view)
 
     def _put(self, view: memoryview) -> None:
+        if self._failed is not None:
+            return
+        try:
+            self._put_pieces(view)
+        except OSError as error:
+            self._failed = error
+            raise
+
+    def _put_pieces(self, view: memoryview) -> None:
         for start in range(0, len(view), _PIECE_BYTES):
             piece = view[start : start + _PIECE_BYTES]
             written = 0
@@ -75,7 +89,7 @@ class PacedFile(io.RawIOBase):
         return self._size
 
     def fileno(self) -> int:
-        self.flush()  # who asks is going to sync
+        self._whole()  # who asks is going to sync
         return self._file.fileno()
 
     def close(self) -> None:
@@ -88,8 +102,13 @@ class PacedFile(io.RawIOBase):
     @property
     def hashed(self) -> tuple[int, str]:
         """Size and SHA-256 of what was written; ask after the last write."""
-        self.flush()
+        self._whole()
         return self._size, self._digest.hexdigest()
+
+    def _whole(self) -> None:
+        self.flush()
+        if self._failed is not None:
+            raise self._failed
 
 
 class PacedFileSystem(FileSystem):
