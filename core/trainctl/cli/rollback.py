@@ -14,6 +14,7 @@ from trainctl.client.figures import duration, plain, scientific
 from trainctl.client.jsonable import dumps, jsonable
 from trainctl.client.session import Session
 from trainctl.wire.commands import Rollback
+from trainctl.wire.manifest import resized_words
 from trainctl.wire.messages import CheckpointInfo
 
 
@@ -35,6 +36,8 @@ class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float]
     overrides: dict[str, str]  # what operators have set, in words
     restore_overrides: bool  # whether the checkpoint's take their place
+    written_by: int = 0  # ranks; 0: not known
+    world_size: int = 0  # ranks that there are now
 
     def text(self) -> str:
         words = f"{self.run}: from step {self.from_step} back to {self.to_step} ({self.checkpoint}"
@@ -49,6 +52,7 @@ class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
             words += f", and this goes: {self._set()}" if self.overrides else ""
         elif self.overrides:
             words += f"; what operators have set stays: {self._set()}"
+        words += f"; {other}" if (other := resized_words(self.written_by, self.world_size)) else ""
         if self.in_memory:
             words += "; it is taken from the ranks' memory, and from disk where that changes before"
         elif self.verified is None:
@@ -121,6 +125,8 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
         # The factor that was asked for takes the place of what is set for the learning rate.
         overrides={name: words for name, words in state.overrides.items() if name != "lr" or action.lr_scale is None},
         restore_overrides=action.restore_overrides,
+        written_by=info.world_size,
+        world_size=model.info.world_size if model.info else 0,
     )
 
 

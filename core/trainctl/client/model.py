@@ -76,6 +76,7 @@ class RunModel:
         self.heard_monotonic: float | None = None
         self.lost_messages = 0
         self.version = 0
+        self._settled: dict[str, None] = {}  # ids that have their outcome: nothing that comes later opens them again
         self._source_time: float | None = None
         self._source_heard = 0.0
         self._rank_heard: dict[int, float] = {}
@@ -183,8 +184,12 @@ class RunModel:
 
     def _take_command(self, update: CommandUpdate) -> None:
         if update.state not in FINAL_COMMAND_STATES:
-            self.commands[update.id] = update
+            if update.id not in self._settled:
+                self.commands[update.id] = update
             return
+        self._settled[update.id] = None
+        if len(self._settled) > EVENTS_KEPT:
+            del self._settled[next(iter(self._settled))]
         self.commands.pop(update.id, None)
         if update.command == "set" and update.state == "applied" and self.info is not None:
             name = update.args.get("name")

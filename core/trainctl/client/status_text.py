@@ -65,7 +65,17 @@ def _headline(model: RunModel, now: float | None) -> str:
 def _vitals(model: RunModel) -> str:
     state = model.state
     assert state is not None
-    skipped = {"lr", "lr_scheduled", "step_time_s", "tokens_per_s", "samples_per_s", "mfu", "data_first", "data_last"}
+    skipped = {
+        "lr",
+        "lr_scheduled",
+        "clipped",
+        "step_time_s",
+        "tokens_per_s",
+        "samples_per_s",
+        "mfu",
+        "data_first",
+        "data_last",
+    }
     parts = [
         f"{plain(name)} {number(last.value)}"
         for name, last in sorted(model.metrics.items(), key=lambda pair: ("loss" not in pair[0], pair[0]))

@@ -190,6 +190,7 @@ class CheckpointInfo(Message, frozen=True, kw_only=True):
     note: str | None = None
     abandoned: bool = False  # on a branch that a rollback left behind
     in_memory: bool = False  # every rank has it in host memory; with `where` "disk" it is in both places
+    world_size: int = 0  # how many ranks wrote it; 0: not known
 
 
 class CheckpointSaved(EventBase, frozen=True, kw_only=True, tag="checkpoint"):

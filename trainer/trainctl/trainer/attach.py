@@ -13,12 +13,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from trainctl.trainer import steering
+from trainctl.trainer import fallback, steering
 from trainctl.trainer.actions import Actions, begin_branch, position, refusal
 from trainctl.trainer.agents import NodeAgent
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.buffer import RowBuffer
-from trainctl.trainer.checkpoint import MEMORY_CHECKPOINTS, Accessor, Checkpointer, CheckpointError, State
+from trainctl.trainer.checkpoint import MEMORY_CHECKPOINTS, Accessor, Checkpointer, CheckpointError, Loaded, State
+from trainctl.trainer.checkpoint.errors import RanksLost
 from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
 from trainctl.trainer.control import Control
 from trainctl.trainer.core import Callbacks, Core
@@ -32,11 +33,12 @@ from trainctl.trainer.link import HubProcess, Link
 from trainctl.trainer.meeting import Connection, Meeting, StoreSilent
 from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
+from trainctl.trainer.preemption import Preemption, Signalled
 from trainctl.trainer.sender import Figures, Sender
 from trainctl.trainer.tunables import Tunables
 from trainctl.wire.commands import CheckpointSave, Command, Rollback, spec_of
 from trainctl.wire.held_states import list_with_memory
-from trainctl.wire.manifest import list_checkpoints, pick
+from trainctl.wire.manifest import pick
 from trainctl.wire.messages import LinkHello, RankPlace, RunInfo, Scalar
 from trainctl.wire.places import Place, own_started, write_place
 from trainctl.wire.rundir import RunDir
@@ -63,6 +65,7 @@ class Script:
     sinks: Sequence[str] = ()
     memory_checkpoints: int = MEMORY_CHECKPOINTS
     memory_budget: int | None = None
+    signalled: Signalled | None = None
 
 
 @dataclass(kw_only=True)
@@ -76,6 +79,7 @@ class Parts:
     sender: Sender
     place_file: Path | None
     tracked: dict[str, Any]
+    preemption: Preemption
     group: Any = None
 
 
@@ -102,7 +106,7 @@ def start(script: Script) -> Parts:
         core.overrides.log_on_device = lambda metric, rate: core.log(core.row_step, {metric: rate})
     core.flops = _flop_meter(script, core, device)
     if script.loader is not None:
-        core.feed = Feed(script.loader, capture_rng=capture_rng, restore_rng=restore_rng)
+        core.feed = Feed(script.loader, capture_rng=capture_rng, restore_rng=restore_rng, world_size=place.world_size)
     core.rank_places = gather_places(core, group)
     tracked: dict[str, Any] = {}
     alone_or_grouped = place.world_size == 1 or group is not None
@@ -261,6 +265,13 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
     agent = None
     with _telling("this node's GPUs are not shown"):
         agent = NodeAgent(job=job_id() or identity.id, node=place.node) if place.local_rank == 0 else None
+    preemption = Preemption(
+        core,
+        control=control,
+        reading=connections.reading if connections else None,
+        leader=leader,
+        signalled=script.signalled,
+    )
     sender = Sender(
         core,
         figures=Figures(core, control, connections.reading if connections else None),
@@ -268,6 +279,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
         link=link,
         leader=leader,
         info=lambda: run_info(script, core),
+        preemption=preemption,
     )
     return Parts(
         core=core,
@@ -277,6 +289,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
         sender=sender,
         place_file=_announce(core),
         tracked=tracked,
+        preemption=preemption,
     )
 
 
@@ -348,8 +361,8 @@ def resume(core: Core, group: Any) -> int | None:
 
     A collective over `group`: rank 0 chooses for all, because a shared file system may not show everybody the same.
 
-    Returns the step, or None where there is nothing to resume from. Raises `CheckpointError` when what was asked for is
-    damaged.
+    Returns the step, or None where there is nothing to resume from. A damaged one is passed over, and that is told.
+    Raises `CheckpointError` when the one that was asked for by name is damaged, or all are.
     """
     asked = os.environ.get("TRAINCTL_RESUME")
     if asked and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
@@ -358,31 +371,37 @@ def resume(core: Core, group: Any) -> int | None:
     if not alone_or_grouped or (not asked and core.identity.attempt == 1):
         begin_branch(core)
         return None
-    told: list[Any] = [_candidates(core, asked), _newest(core)] if core.place.leads else [None, None]
+    found = fallback.choice(RunDir(core.identity.directory).checkpoints, asked) if core.place.leads else None
+    told: list[Any] = [found, _newest(core) if core.place.leads else None]
     if group is not None:
         dist.broadcast_object_list(told, src=0, group=group)
-    candidates: list[str] = told[0]
+    chosen: fallback.Choice = told[0]
+    candidates, failed = chosen.candidates, dict[str, str]()
     newest: steering.Steering | None = told[1]
     if core.checkpointer is None:
         candidates = []  # what operators set is taken all the same
-    elif asked and not candidates and asked not in {"1", "last"}:
+    elif chosen.named and not candidates:
         raise CheckpointError(f"TRAINCTL_RESUME asks for {asked!r}, and there is no such checkpoint")
-    for number, checkpoint in enumerate(candidates):
+    for checkpoint in candidates:
         assert core.checkpointer is not None
         try:
             loaded = core.checkpointer.load(checkpoint)
         except CheckpointError as error:
-            if number + 1 == len(candidates):
+            if chosen.named or isinstance(error, RanksLost):
                 raise
-            log.warning("trainctl: %s; trying the next older checkpoint", error)
+            failed[checkpoint] = str(error)
             continue
         core.checkpointer.commit(loaded, restore_overrides=newest is None)
+        tell_notes(core, loaded)
         core.resumed_from, core.resumed_tunables = checkpoint, loaded.tunables
         if newest is not None:
             steering.put(core, newest)
         step = position(core, loaded, tell=False)
+        fallback.tell(core, checkpoint, failed, chosen.damaged)
         begin_branch(core, parent=loaded.incarnation, after_step=step)
         return step
+    if core.checkpointer is not None and (failed or chosen.damaged):
+        raise CheckpointError(fallback.none_left(failed, chosen.damaged))
     if newest is not None:
         steering.put(core, newest)
         core.reverts.rewound(0)
@@ -390,20 +409,19 @@ def resume(core: Core, group: Any) -> int | None:
     return None
 
 
+def tell_notes(core: Core, loaded: Loaded) -> None:
+    """What is not as it was, to the log and to the operator."""
+    if core.place.leads:
+        for text in loaded.notes:
+            log.warning("trainctl: resumed from %s: %s", loaded.id, text)
+            core.note("resume", f"{loaded.id}: {text}")
+
+
 def _newest(core: Core) -> steering.Steering | None:
     """What operators had set when an earlier attempt ended, unless the checkpoint's is asked for."""
     asked = os.environ.get("TRAINCTL_RESTORE_OVERRIDES", "0") not in {"", "0"}
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # it was meant for that one
     return None if asked and first_start else steering.kept(core)
-
-
-def _candidates(core: Core, asked: str | None) -> list[str]:
-    """The checkpoints to try, in order."""
-    known = list_checkpoints(RunDir(core.identity.directory).checkpoints)
-    if asked and asked not in {"1", "last"}:
-        target = pick(known, asked)
-        return [target.id] if target is not None else []
-    return [info.id for info in reversed(known) if info.verified is not False and not info.abandoned]
 
 
 def run_info(script: Script, core: Core) -> RunInfo:

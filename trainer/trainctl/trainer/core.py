@@ -81,6 +81,7 @@ class Core:
     reverts: Reverts = field(default_factory=Reverts)
     saves: list[RunningSave] = field(default_factory=list)
     saves_begun: int = 0
+    newest_save: RunningSave | None = None
     rank_places: list[RankPlace] = field(default_factory=list)
     hold: Hold | None = None
     doing: RunStateName | None = None
@@ -88,6 +89,7 @@ class Core:
     ended_by: str | None = None
     last_save: str | None = None  # the note of a checkpoint that is still to be made before the run ends
     held_s: float = 0.0  # how long boundaries inside the evaluation took
+    preempted: str | None = None  # why the machine is taken away
     row_step: int = 1
     first_step: int = 0
     resumed_from: str | None = None

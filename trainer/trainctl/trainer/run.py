@@ -13,6 +13,7 @@ wrong call at attach, and `control.InDoubt`.
 
 import atexit
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -34,8 +35,10 @@ from trainctl.trainer.control import InDoubt
 from trainctl.trainer.core import Callbacks
 from trainctl.trainer.evaluation import batches as evaluation_batches
 from trainctl.trainer.evaluation import evaluate
+from trainctl.trainer.preemption import farewell, listen
 from trainctl.trainer.tunables import TunableValue, Value
 from trainctl.wire.messages import LinkBye, RunStateName
+from trainctl.wire.preemption import REQUEUE_EXIT_CODE
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +93,7 @@ class Run:
         sinks: Sequence[str] = (),
         memory_checkpoints: int = MEMORY_CHECKPOINTS,
         memory_budget: int | None = None,
+        preempt_signal: str | None = None,
     ) -> "Run":
         """Join a run, on every rank, after the process group and everything named here was made.
 
@@ -102,6 +106,8 @@ class Run:
         `sinks` names where the hub copies the history to besides, such as ["tensorboard"] (docs/sinks.md).
         `memory_checkpoints` states stay in host memory for a fast rollback, 0 for none, within `memory_budget` bytes on
         each rank; without it within this rank's part of a quarter of what is free on its node (docs/checkpoints.md).
+        `preempt_signal`, such as "USR1", becomes one checkpoint and a stop on all ranks, whichever rank gets it; for
+        launchers that signal ranks themselves, and only where the script has no handler for it (docs/preemption.md).
 
         Raises ValueError or TypeError on a wrong call, and `CheckpointError` when a checkpoint that TRAINCTL_RESUME
         names is damaged.
@@ -132,6 +138,7 @@ class Run:
             from trainctl.trainer.off import OffRun
 
             return OffRun(script, eval_every=eval_every)
+        script = dataclasses.replace(script, signalled=listen(preempt_signal))
         forks.install()
         run = cls(attaching.start(script), script)
         run._register_intervals(eval_every, checkpoint_every)
@@ -164,6 +171,11 @@ class Run:
     def stopping(self) -> bool:
         """An operator asked to stop: leave the loop. `batches` ends by itself."""
         return self._core.ending is not None
+
+    @property
+    def preempted(self) -> bool:
+        """The machine is taken away: end with exit code 75, so that a scheduler requeues. `trainctl run` does so."""
+        return self._core.ending == "preempted"
 
     # What the loop calls
 
@@ -308,6 +320,9 @@ class Run:
             self._parts.control.leave(_LEAVE_S)
         state: RunStateName = "failed" if failed else core.ending or "finished"
         reason = failed or (f"by {core.ended_by}" if core.ended_by else None)
+        if state == "preempted":
+            reason = farewell(core)
+            self._parts.preemption.left(reason)
         self._parts.sender.finish(LinkBye(state=state, step=core.boundary.completed, reason=reason))
         if self._parts.place_file is not None:
             with contextlib.suppress(OSError):  # the agent will see that the process is gone
@@ -324,7 +339,8 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        left_well = error is None or (isinstance(error, SystemExit) and error.code in {None, 0})
+        well = {None, 0, *([REQUEUE_EXIT_CODE] if self.preempted else [])}
+        left_well = error is None or (isinstance(error, SystemExit) and error.code in well)
         self.close(failed=None if left_well else f"{type(error).__name__}: {error}")
 
     # Inside
@@ -372,7 +388,8 @@ class Run:
             save_before_the_end(self._core)
         if saves is not None and saves.value and step == self._core.first_step + 1:
             self._warm()
-        if saves is not None and saves.value and step % int(saves.value) == 0:
+        # A stop inside the evaluation has saved this step already, and an abort wants nothing saved.
+        if saves is not None and saves.value and step % int(saves.value) == 0 and self._core.ending is None:
             begin_save(self._core, may_leave_out=True)
 
     def _warm(self) -> None:

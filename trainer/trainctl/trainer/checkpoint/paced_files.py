@@ -134,6 +134,6 @@ class PacedWriter(FileSystemWriter):
     """torch.distributed.checkpoint's writer over such files, one a rank."""
 
     def __init__(self, directory: Path, pace: Pace) -> None:
-        super().__init__(directory, thread_count=1, sync_files=True)
+        super().__init__(directory, thread_count=1, sync_files=False)
         self.files = PacedFileSystem(pace)
         self.fs = self.files

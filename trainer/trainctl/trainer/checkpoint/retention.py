@@ -62,16 +62,27 @@ def remove(directory: Path, checkpoint_id: str) -> None:
     gone = directory / f".{checkpoint_id}.gone"
     (directory / checkpoint_id).rename(gone)
     fsync_dir(directory)
+    _remove_marks(directory, checkpoint_id)  # before the last trace of its id
     shutil.rmtree(gone)
+
+
+def _remove_marks(directory: Path, checkpoint_id: str) -> None:
     for mark in ("pinned", "checked.json"):
         (directory / f"{checkpoint_id}.{mark}").unlink(missing_ok=True)
 
 
 def sweep(directory: Path) -> list[str]:
-    """Remove what a crash left: stage directories and half-deleted ones. The names that went."""
+    """Remove what a crash left: stage directories, half-deleted ones and half-written marks. The names that went."""
     left = [path for pattern in (".*.stage", ".*.gone") for path in directory.glob(pattern) if path.is_dir()]
+    marks = list(directory.glob(".*.checked.json.*.new"))
+    # A leftover that cannot be removed takes space and nothing else: listings never show it.
     for path in left:
-        # A leftover that cannot be removed takes space and nothing else: listings never show it.
+        checkpoint_id = path.name.removeprefix(".").removesuffix(".gone")
         with contextlib.suppress(OSError):
+            if path.suffix == ".gone" and not (directory / checkpoint_id).exists():
+                _remove_marks(directory, checkpoint_id)
             shutil.rmtree(path)
-    return [path.name for path in left]
+    for path in marks:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return [path.name for path in (*left, *marks)]

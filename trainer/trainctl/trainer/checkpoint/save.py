@@ -27,12 +27,13 @@ from trainctl.trainer.checkpoint.paced_files import PacedWriter
 from trainctl.trainer.checkpoint.ranks import Ranks
 from trainctl.trainer.checkpoint.sharded import local_part
 from trainctl.trainer.checkpoint.tree import Node
-from trainctl.wire.manifest import Manifest, ManifestFile, hash_file, write_manifest
-from trainctl.wire.rundir import RunDir, fsync_dir
+from trainctl.wire.manifest import MANIFEST, Manifest, ManifestFile, hash_file, write_manifest
+from trainctl.wire.rundir import RunDir, fsync_dir, make_dir
 
 # The files' own headers and the manifest come on top of the tensors.
 _SPACE_FACTOR = 1.1
 _SPACE_EXTRA_BYTES = 1024 * 1024
+_STANDS = "the last good checkpoint stands"
 DCP_METADATA = ".metadata"
 
 
@@ -141,11 +142,12 @@ def write(directory: Path, snapshot: Snapshot, ranks: Ranks, writing: Writing) -
         )
         files = _write_files(stage, snapshot, ranks, writing.pace)
         ranks.on_first("the checkpoint cannot be completed", lambda: _commit(directory, stage, snapshot, ranks, files))
-    except CheckpointError:
+    except CheckpointError as error:
         if ranks.first:
             # What cannot be removed now is swept at the next start; it never looks like a checkpoint.
             shutil.rmtree(stage, ignore_errors=True)
-        raise
+        told = str(error)
+        raise CheckpointError(told if _STANDS in told else f"{told}; training goes on and {_STANDS}") from None
     return sum(file.bytes for file in files)
 
 
@@ -172,7 +174,7 @@ def _refuse(problem: str | None) -> None:
 
 
 def _open_stage(directory: Path, stage: Path, checkpoint_id: str, needed: int) -> None:
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_dir(directory)
     if (directory / checkpoint_id).exists():
         raise CheckpointError(f"checkpoint {checkpoint_id} exists already: it is kept, nothing was written")
     free = shutil.disk_usage(directory).free
@@ -180,7 +182,7 @@ def _open_stage(directory: Path, stage: Path, checkpoint_id: str, needed: int) -
     if free < wanted:
         raise CheckpointError(
             f"{directory} has {free / 1e6:.0f} MB free and the checkpoint needs {wanted / 1e6:.0f} MB: "
-            "free some space; training goes on and the last good checkpoint stands"
+            f"free some space; training goes on and {_STANDS}"
         )
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(stage)
@@ -193,6 +195,7 @@ def _write_files(stage: Path, snapshot: Snapshot, ranks: Ranks, pace: Pace) -> l
     planner = DefaultSavePlanner(
         flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True
     )
+    # Not synced by torch, which does it before it flushes (pytorch 2.13): `_sync_own` does.
     writer = PacedWriter(stage, pace)
 
     def local_plan() -> SavePlan:
@@ -214,7 +217,7 @@ def _write_files(stage: Path, snapshot: Snapshot, ranks: Ranks, pace: Pace) -> l
     ranks.on_first(
         "the checkpoint's index cannot be written", lambda: writer.finish(agreed[1], results) if agreed else None
     )
-    mine = ranks.together("the checkpoint cannot be hashed", lambda: _hash_own(stage, ranks, writer.files.hashed))
+    mine = ranks.together(f"writing to {stage.parent} failed", lambda: _sync_own(stage, ranks, writer.files.hashed))
     return [file for files in ranks.gather(mine) for file in files]
 
 
@@ -233,12 +236,10 @@ def _write_rank(stage: Path, snapshot: Snapshot, ranks: Ranks) -> None:
     }
     with (stage / rank_file(ranks.rank)).open("xb") as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
-def _hash_own(stage: Path, ranks: Ranks, hashed: dict[str, tuple[int, str]]) -> list[ManifestFile]:
-    """Size and hash of the files that this rank wrote: of the large ones as they were written, the others read back.
+def _sync_own(stage: Path, ranks: Ranks, hashed: dict[str, tuple[int, str]]) -> list[ManifestFile]:
+    """Sync the files that this rank wrote; size and hash of the large ones as written, of the others read back.
 
     What the file system makes of it is judged by whoever verifies: reading back here would only ask the page cache.
     """
@@ -248,6 +249,8 @@ def _hash_own(stage: Path, ranks: Ranks, hashed: dict[str, tuple[int, str]]) -> 
         names.append(DCP_METADATA)
     found = []
     for name in sorted(names):
+        with (stage / name).open("rb") as file:
+            os.fsync(file.fileno())
         size, digest = hashed.get(name) or hash_file(stage / name)
         found.append(ManifestFile(name=name, bytes=size, sha256=digest))
     return found
@@ -269,5 +272,12 @@ def _commit(directory: Path, stage: Path, snapshot: Snapshot, ranks: Ranks, file
     )
     write_manifest(stage, manifest)
     fsync_dir(stage)
-    stage.rename(directory / snapshot.id)
-    fsync_dir(directory)
+    final = directory / snapshot.id
+    stage.rename(final)
+    try:
+        fsync_dir(directory)
+    except OSError:
+        # Nobody knows whether the name would survive a power cut, so it is not called good: the manifest goes first.
+        (final / MANIFEST).unlink()
+        final.rename(stage)
+        raise
