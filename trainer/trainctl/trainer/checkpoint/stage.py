@@ -93,13 +93,11 @@ def _pinned(size: int) -> torch.Tensor:
 def _pages(size: int) -> torch.Tensor:
     """Pages of our own, in huge ones where the kernel gives them, which are touched and copied into faster.
 
-    A forked DataLoader worker does not get them: it has no use for them, and each page that it shared would be copied
-    once more when the next save writes to it.
+    Not MADV_DONTFORK: a forked worker that frees its copy of this object would unmap what it has there instead.
     """
     if not size:
         return torch.empty(0, dtype=torch.uint8)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    pages.madvise(mmap.MADV_DONTFORK)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
     # fill_, because fresh pages are only promised, and the first copy would pay for them.
