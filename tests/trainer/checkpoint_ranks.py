@@ -42,6 +42,7 @@ class Training:
                 optimizers=[self.optimizer],
                 tracked={"value": Accessor(get=lambda: self.value, set=self._set)},
             ),
+            memory_checkpoints=0,  # what is on disk is what is tested here
         )
 
     def _set(self, value: Any) -> None:

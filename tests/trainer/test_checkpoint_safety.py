@@ -35,6 +35,7 @@ class Small:
             world_size=1,
             group=None,
             state=State(models=[self.model], optimizers=[self.optimizer], counters=self.counters),
+            memory_checkpoints=0,  # what is on disk is what is tested here
         )
 
     def step(self) -> None:

@@ -37,20 +37,33 @@ def ls(run: str | None, server_key: str | None, *, as_json: bool) -> None:
     """List checkpoints, oldest first."""
     found, model = asyncio.run(_checkpoints(run, server_key))
     if as_json:
-        fields = {"run": model.name, "checkpoints": [jsonable(info) for info in found.checkpoints]}
+        fields = {"run": model.name, "checkpoints": [listed(info) for info in found.checkpoints]}
         click.echo(dumps(fields | {"last": found.last, "best": found.best}))
         return
     if not found.checkpoints:
         click.echo(f"{model.name} has no checkpoint yet", err=True)
         return
-    head = ("ID", "STEP", "AGE", "SIZE", "LOSS", "VERIFIED", "PINNED", "NOTE")
+    head = ("ID", "STEP", "AGE", "SIZE", "LOSS", "WHERE", "VERIFIED", "PINNED", "NOTE")
     click.echo(table(head, [_row(info, found, model) for info in found.checkpoints]))
+
+
+def listed(info: CheckpointInfo) -> dict[str, object]:
+    """A checkpoint as `ls --json` gives it: `where` is "disk", "memory" or "both"."""
+    fields = jsonable(info)
+    assert isinstance(fields, dict)
+    del fields["in_memory"]
+    return fields | {"where": "both" if len(places_of(info)) > 1 else info.where}
 
 
 def loss_of(metrics: Mapping[str, float]) -> str:
     """The loss that tells most about a checkpoint, with its name: `val_loss 2.113`; empty without one."""
     name = next((name for name in ("val_loss", "loss") if name in metrics), None)
     return "" if name is None else f"{name} {number(metrics[name])}"
+
+
+def places_of(info: CheckpointInfo) -> list[str]:
+    """Where it can be had from: on disk, in the ranks' memory, or both."""
+    return [*(["disk"] if info.where == "disk" else []), *(["memory"] if info.in_memory else [])]
 
 
 def _row(info: CheckpointInfo, found: Checkpoints, model: RunModel) -> tuple[str, ...]:
@@ -61,7 +74,8 @@ def _row(info: CheckpointInfo, found: Checkpoints, model: RunModel) -> tuple[str
         duration(model.age_of(info.time)),
         file_size(info.bytes),
         loss_of(info.metrics) or "n/a",
-        {True: "yes", False: "DAMAGED", None: "not yet"}[info.verified],
+        " + ".join(places_of(info)),
+        {True: "yes", False: "DAMAGED", None: "not yet"}[info.verified] if info.where == "disk" else "no files",
         "pinned" if info.pinned else "",
         " ".join([*(f"[{mark}]" for mark in marks), info.note or ""]).strip(),
     )

@@ -25,6 +25,7 @@ class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     checkpoint: str
     verified: bool | None
+    in_memory: bool
     from_step: int
     to_step: int
     steps_lost: int
@@ -52,7 +53,9 @@ class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
         elif self.overrides:
             words += f"; what operators have set stays: {self._set()}"
         words += f"; {other}" if (other := resized_words(self.written_by, self.world_size)) else ""
-        if self.verified is None:
+        if self.in_memory:
+            words += "; it is taken from the ranks' memory, and from disk where that changes before"
+        elif self.verified is None:
             words += "; the checkpoint is verified before anything is touched"
         return words
 
@@ -96,7 +99,7 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
     model = session.model
     found = (await session.checkpoints()).checkpoints
     info = picked(found, action.target)
-    if info.verified is False:
+    if info.verified is False and not info.in_memory:
         older = [other for other in found if other.time < info.time and other.verified is not False]
         raise Rejected(
             f"checkpoint {info.id} is damaged; nothing was done",
@@ -110,6 +113,7 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
         target=action.target,
         checkpoint=info.id,
         verified=info.verified,
+        in_memory=info.in_memory,
         from_step=state.step,
         to_step=info.step,
         steps_lost=lost,

@@ -217,6 +217,7 @@ class RunModel:
             verified=saved.verified if saved.verified is not None else (before.verified if before else None),
             where=before.where if before else "disk",
             note=saved.note or (before.note if before else None),
+            in_memory=before.in_memory if before else False,
         )
         self.checkpoints = sorted(known.values(), key=lambda info: (info.time, info.id))
 

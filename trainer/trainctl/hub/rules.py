@@ -108,18 +108,19 @@ def _endable(action: Act, situation: Situation) -> str | None:
 
 def _target(command: Command, situation: Situation) -> str | None:
     action = command.action
+    on_disk = [info for info in situation.checkpoints if info.where == "disk"]  # the others end with the ranks
     match action:
         case Rollback(target=target) if pick(situation.checkpoints, target) is None:
             return _no_checkpoint(target, situation.checkpoints)
         case Restart(target=target) if target != "last":
-            found_one = pick(situation.checkpoints, target)
+            found_one = pick(on_disk, target)
             if found_one is None:
-                return _no_checkpoint(target, situation.checkpoints)
+                return _no_checkpoint(target, on_disk)
             if found_one.verified is False:
                 return f"checkpoint {found_one.id} is damaged: nothing could start from it"
         case CheckpointPin(checkpoint=target) | CheckpointUnpin(checkpoint=target):
-            if pick(situation.checkpoints, target) is None:
-                return _no_checkpoint(target, situation.checkpoints)
+            if pick(on_disk, target) is None:
+                return _no_checkpoint(target, on_disk)
         case Cancel(command=target):
             found = situation.commands.get(target)
             if found is None:

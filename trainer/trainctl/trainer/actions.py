@@ -262,8 +262,18 @@ def unmet(core: Core, command: Command) -> str | None:
     return f"the condition {command.condition!r} does not hold: {found}"
 
 
-def begin_save(core: Core, *, note: str | None = None, command: Command | None = None, actor: str = "") -> RunningSave:
-    """Copy the state and start writing it. Every rank does this at the same boundary, so all make the same id."""
+def begin_save(
+    core: Core,
+    *,
+    note: str | None = None,
+    command: Command | None = None,
+    actor: str = "",
+    may_leave_out: bool = False,
+) -> RunningSave:
+    """Copy the state and start writing it. Every rank does this at the same boundary, so all make the same id.
+
+    `may_leave_out`: rather no checkpoint than a wait for one that is still being written.
+    """
     assert core.checkpointer is not None
     step = core.boundary.completed
     core.saves_begun += 1
@@ -279,6 +289,7 @@ def begin_save(core: Core, *, note: str | None = None, command: Command | None =
             attempt=core.identity.attempt,
             metrics=dict(core.last_metrics),
             note=note,
+            may_leave_out=may_leave_out,
         )
     finally:
         core.doing = None
@@ -337,6 +348,7 @@ def roll_back(core: Core, loaded: Loaded, action: Rollback, proposal: Proposal) 
             skipped_batches=action.skip_batches,
             lr_scale=action.lr_scale,
             actor=proposal.actor,
+            from_memory=loaded.from_memory,
         )
     )
     core.buffer.put(Rewind(step, core.incarnation, dict(loaded.metrics)))

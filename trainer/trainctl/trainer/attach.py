@@ -18,7 +18,7 @@ from trainctl.trainer.actions import Actions, begin_branch, position, refusal
 from trainctl.trainer.agents import NodeAgent
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.buffer import RowBuffer
-from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, Loaded, State
+from trainctl.trainer.checkpoint import MEMORY_CHECKPOINTS, Accessor, Checkpointer, CheckpointError, Loaded, State
 from trainctl.trainer.checkpoint.errors import RanksLost
 from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
 from trainctl.trainer.control import Control
@@ -36,8 +36,9 @@ from trainctl.trainer.phases import Phases
 from trainctl.trainer.preemption import Preemption, Signalled
 from trainctl.trainer.sender import Figures, Sender
 from trainctl.trainer.tunables import Tunables
-from trainctl.wire.commands import Command, Rollback, spec_of
-from trainctl.wire.manifest import list_checkpoints, pick
+from trainctl.wire.commands import CheckpointSave, Command, Rollback, spec_of
+from trainctl.wire.held_states import list_with_memory
+from trainctl.wire.manifest import pick
 from trainctl.wire.messages import LinkHello, RankPlace, RunInfo, Scalar
 from trainctl.wire.places import Place, own_started, write_place
 from trainctl.wire.rundir import RunDir
@@ -62,6 +63,8 @@ class Script:
     flops_per_step: float | None = None
     peak_flops: float | None = None
     sinks: Sequence[str] = ()
+    memory_checkpoints: int = MEMORY_CHECKPOINTS
+    memory_budget: int | None = None
     signalled: Signalled | None = None
 
 
@@ -173,6 +176,9 @@ def _checkpointer(script: Script, core: Core, group: Any, tracked: dict[str, Any
         world_size=core.place.world_size,
         group=group,
         state=state,
+        memory_checkpoints=script.memory_checkpoints,
+        memory_budget=script.memory_budget,
+        local_ranks=sum(place.node == core.place.node for place in core.rank_places),
     )
 
 
@@ -252,6 +258,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
             boundary=core.boundary,
             connection=connections.leading,
             prepare=lambda command: prepare(core, command),
+            later=lambda command: waits_for_a_save(core, command),
             tell=core.event,
             incarnation=lambda: core.incarnation,
         )
@@ -330,7 +337,8 @@ def prepare(core: Core, command: Command) -> Prepared | str:
     if not isinstance(action, Rollback):
         # In two phases what rank 0 alone may decide, and what is to be withdrawn until the last moment.
         return Prepared(two_phase=command.condition is not None or command.expires_s is not None)
-    known = list_checkpoints(RunDir(core.identity.directory).checkpoints)
+    held = core.checkpointer.in_memory if core.checkpointer is not None else []
+    known = list_with_memory(RunDir(core.identity.directory).checkpoints, held)
     target = pick(known, action.target)
     if target is None:
         steps = ", ".join(str(info.step) for info in known[-8:]) or "none yet"
@@ -340,6 +348,12 @@ def prepare(core: Core, command: Command) -> Prepared | str:
     except OSError as error:
         return f"no new incarnation can be recorded: {error.strerror or error}"
     return Prepared(two_phase=True, checkpoint=target.id, incarnation=incarnation)
+
+
+def waits_for_a_save(core: Core, command: Command) -> bool:
+    """Whether a command is better proposed later: a save now would hold training up until an older one is written."""
+    saves = isinstance(command.action, CheckpointSave) and core.checkpointer is not None and core.checkpointer.full
+    return saves and not core.boundary.closed and core.ending is None
 
 
 def resume(core: Core, group: Any) -> int | None:

@@ -30,7 +30,7 @@ from trainctl.trainer import attach as attaching
 from trainctl.trainer import forks
 from trainctl.trainer.actions import begin_save, position, save_before_the_end
 from trainctl.trainer.buffer import StepMark
-from trainctl.trainer.checkpoint import Accessor
+from trainctl.trainer.checkpoint import MEMORY_CHECKPOINTS, Accessor
 from trainctl.trainer.control import InDoubt
 from trainctl.trainer.core import Callbacks
 from trainctl.trainer.evaluation import batches as evaluation_batches
@@ -91,6 +91,8 @@ class Run:
         flops_per_step: float | None = None,
         peak_flops: float | None = None,
         sinks: Sequence[str] = (),
+        memory_checkpoints: int = MEMORY_CHECKPOINTS,
+        memory_budget: int | None = None,
         preempt_signal: str | None = None,
     ) -> "Run":
         """Join a run, on every rank, after the process group and everything named here was made.
@@ -102,6 +104,8 @@ class Run:
         `flops_per_step` is what one step costs over all ranks, forward and backward, where the script knows it better
         than `measure_flops` would; `peak_flops` what one device can do, in FLOP/s: both only for showing the MFU.
         `sinks` names where the hub copies the history to besides, such as ["tensorboard"] (docs/sinks.md).
+        `memory_checkpoints` states stay in host memory for a fast rollback, 0 for none, within `memory_budget` bytes on
+        each rank; without it within this rank's part of a quarter of what is free on its node (docs/checkpoints.md).
         `preempt_signal`, such as "USR1", becomes one checkpoint and a stop on all ranks, whichever rank gets it; for
         launchers that signal ranks themselves, and only where the script has no handler for it (docs/preemption.md).
 
@@ -109,6 +113,7 @@ class Run:
         names is damaged.
         """
         _check(name, total_steps, eval_every, checkpoint_every)
+        _check_memory(memory_checkpoints=memory_checkpoints, memory_budget=memory_budget)
         _check_flops(flops_per_step=flops_per_step, peak_flops=peak_flops)
         if config is not None and not isinstance(config, Mapping):
             raise TypeError(f"config takes a mapping, such as vars(args), not {type(config).__name__}")
@@ -126,6 +131,8 @@ class Run:
             flops_per_step=flops_per_step,
             peak_flops=peak_flops,
             sinks=_names(sinks),
+            memory_checkpoints=memory_checkpoints,
+            memory_budget=memory_budget,
         )
         if os.environ.get("TRAINCTL", "").lower() == "off":
             from trainctl.trainer.off import OffRun
@@ -383,7 +390,7 @@ class Run:
             self._warm()
         # A stop inside the evaluation has saved this step already, and an abort wants nothing saved.
         if saves is not None and saves.value and step % int(saves.value) == 0 and self._core.ending is None:
-            begin_save(self._core)
+            begin_save(self._core, may_leave_out=True)
 
     def _warm(self) -> None:
         """The optimizer's state exists after the first step: let the first save find its buffers made."""
@@ -416,6 +423,12 @@ def _check(name: str, total_steps: int | None, eval_every: int | None, checkpoin
     for word, number in numbers.items():
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 0):
             raise ValueError(f"{word} is {number!r}: give a whole number of steps, 0 or more, or leave it out")
+
+
+def _check_memory(**given: int | None) -> None:
+    for word, number in given.items():
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 0):
+            raise ValueError(f"{word} is {number!r}: give a whole number, 0 or more, or leave it out")
 
 
 def _check_flops(**given: float | None) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ _REPLACE = "nothing was changed; roll back to an older checkpoint (trainctl chec
 class Loaded:
     """A checkpoint in host memory. It can be committed any number of times: committing copies out of it.
 
+    One `from_memory` lies in the buffers that saves use, and is good until the next save begins.
+
     `notes` tells what will not be as it was, for the plan that an operator confirms; empty means exact to the bit.
     """
 
@@ -55,6 +58,8 @@ class Loaded:
     own: dict[str, Node] = field(default_factory=dict, repr=False)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     same_ranks: bool = True
+    from_memory: bool = False
+    whole: Callable[[], bool] = field(default=lambda: True, repr=False)  # false once a later save took its memory
 
     @property
     def counters(self) -> dict[str, Any]:
@@ -154,7 +159,7 @@ def _read_rank(path: Path, manifest: Manifest, ranks: Ranks, state: State, live:
         raise CheckpointError(f"{manifest.id}/{name} belongs to {content['id']}; {_REPLACE}")
     shared: dict[str, Node] = content["shared"]
     own: dict[str, Node] = content["own"]
-    notes = _compare_parts(state, live, shared, own)
+    notes = compare_parts(state, live, shared, own)
     if not same:
         loader = decode(own["loader"], _no_reference) if "loader" in own else None
         notes += not_exact(before=manifest.world_size, now=ranks.world_size, loader=loader)
@@ -162,7 +167,7 @@ def _read_rank(path: Path, manifest: Manifest, ranks: Ranks, state: State, live:
     reader = FileSystemReader(path)
     metadata = read_index(path, manifest)
     tensors = _targets(wanted, metadata, state, live)
-    _compare_models(tensors, live)
+    compare_models(tensors, live)
     _read_tensors(reader, metadata, tensors)
     return Loaded(
         id=manifest.id,
@@ -180,7 +185,7 @@ def _read_rank(path: Path, manifest: Manifest, ranks: Ranks, state: State, live:
     )
 
 
-def _compare_parts(state: State, live: Captured, shared: dict[str, Node], own: dict[str, Node]) -> list[str]:
+def compare_parts(state: State, live: Captured, shared: dict[str, Node], own: dict[str, Node]) -> list[str]:
     """What is on one side only. Raises where training could not go on from it, else tells in words."""
     for what, count in (("model", len(state.models)), ("optimizer", len(state.optimizers))):
         saved = sum(name.startswith(f"{what}.") for name in shared)
@@ -239,7 +244,7 @@ def _parameter_of(name: str, state: State) -> torch.Tensor | None:
     return parameters[int(found[2])] if int(found[2]) < len(parameters) else None
 
 
-def _compare_models(saved: dict[str, torch.Tensor], live: Captured) -> None:
+def compare_models(saved: dict[str, torch.Tensor], live: Captured) -> None:
     """Committing may not fail half-way, so a model that differs is refused here."""
     names = {name for name in live.tensors if name.startswith("model.")}
     stored = {name for name in saved if name.startswith("model.")}
