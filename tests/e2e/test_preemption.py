@@ -125,6 +125,21 @@ def test_bare_torchrun_leaves_thirty_seconds_after_sigterm_and_a_warning_in_an_e
         assert trainctl_json("status", "-r", str(running.directory))["state"] == "preempted"
 
 
+def test_sigterm_while_paused_saves_what_the_pause_holds_without_having_been_asked_for(tmp_path: Path) -> None:
+    with job("steered.py", 2, tmp_path, ["--sleep", "0.02"]) as running:
+        running.until_step(5)
+        run = ["-r", str(running.directory)]
+        held = trainctl_json("pause", *run)["step"]
+        trainctl_json("set", "x", "7", *run)
+        running.process.send_signal(signal.SIGTERM)  # torchrun passes it on to its ranks
+        assert running.wait(60) == 1, "torchrun's own: whatever the ranks end with"
+        (checkpoint,) = list_checkpoints(running.directory / "checkpoints")
+        assert checkpoint.step == held
+        status = trainctl_json("status", *run)
+        assert (status["state"], status["step"]) == ("preempted", held)
+        assert "SIGTERM" in status["reason"]
+
+
 def test_a_warning_before_the_first_step_is_acted_on_at_the_first_boundaries(tmp_path: Path) -> None:
     warning = tmp_path / "warning"
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}

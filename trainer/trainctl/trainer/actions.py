@@ -19,6 +19,7 @@ from trainctl.trainer.control import Control, InDoubt
 from trainctl.trainer.core import Core, Hold, RunningSave
 from trainctl.trainer.evaluation import evaluate
 from trainctl.trainer.leader import update_of
+from trainctl.trainer.preemption import Signalled, heard_while_paused
 from trainctl.trainer.steering import is_field, problem_with
 from trainctl.wire.commands import (
     Abort,
@@ -57,9 +58,10 @@ class Staged:
 class Actions:
     """Meets armed proposals in the training thread."""
 
-    def __init__(self, core: Core, control: Control) -> None:
+    def __init__(self, core: Core, control: Control, signalled: Signalled | None = None) -> None:
         self._core = core
         self._control = control
+        self._signalled = signalled
         self._changes = Changes(core)
         self._held_at: Position | None = None  # the pause in which an evaluation was asked for
 
@@ -71,6 +73,12 @@ class Actions:
         """
         core = self._core
         self._meet_one(inside=inside)
+        if core.hold is not None and core.ending is None:
+            with heard_while_paused(self._signalled):
+                self._stay(inside=inside)
+
+    def _stay(self, *, inside: bool) -> None:
+        core = self._core
         unreachable_since: float | None = None
         while core.hold is not None and core.ending is None:
             core.boundary.wake.wait(_HOLD_POLL_S)

@@ -239,6 +239,7 @@ def capabilities(script: Script, core: Core, agreement_problem: str | None) -> d
 def _threads(script: Script, core: Core, connections: Connections | None, tracked: dict[str, Any]) -> Parts:
     place, identity = core.place, core.identity
     control, leader, link, actions = None, None, None, None
+    signalled = script.signalled or Signalled()
     if connections is not None:
         control = Control(
             rank=place.rank,
@@ -247,7 +248,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
             talking=connections.talking,
             refusal=lambda proposal: refusal(core, proposal),
         )
-        actions = Actions(core, control)
+        actions = Actions(core, control, signalled)
     if place.leads:
         hub = HubProcess(run_id=identity.id, name=identity.name, directory=identity.directory)
         with _telling("the run is not shown"):
@@ -270,7 +271,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
         control=control,
         reading=connections.reading if connections else None,
         leader=leader,
-        signalled=script.signalled,
+        signalled=signalled,
     )
     sender = Sender(
         core,

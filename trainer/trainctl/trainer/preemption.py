@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -73,6 +74,24 @@ def listen(given: str | None) -> Signalled | None:
     signal.signal(number, heard)
     signal.siginterrupt(number, False)  # libraries in the middle of a system call need not know of it
     return heard
+
+
+@contextlib.contextmanager
+def heard_while_paused(signalled: Signalled | None) -> Iterator[None]:
+    """SIGTERM while the run is held becomes a checkpoint and a stop, unless the script has its own way with it.
+
+    In a pause there is nothing in flight that a save would have to wait for, and what was trained up to it may be worth
+    days; without us the signal would end the rank.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if signalled is None or not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, signalled)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Preemption:
