@@ -114,7 +114,7 @@ def _checkpoint(cockpit: Tmux, run: Path) -> int:
 def _roll_back(cockpit: Tmux, checkpoint: int) -> None:
     before = trainctl_json("status")
     cockpit.keys("R")
-    cockpit.wait("(?i)rollback|roll back")
+    cockpit.wait("steps are lost")
     cockpit.keys("Enter")  # never the dangerous answer
     assert trainctl_json("status")["incarnation"] == before["incarnation"]
     cockpit.keys("y")
@@ -127,7 +127,7 @@ def _roll_back(cockpit: Tmux, checkpoint: int) -> None:
 
 def _stop(cockpit: Tmux) -> None:
     cockpit.keys("S")
-    cockpit.wait("(?i)stop")
+    cockpit.wait("Stop the training")
     cockpit.keys("y")
     cockpit.wait(r"STOPPED", 40)
     until(lambda: not read_places(), 40, what="the ranks left")

@@ -178,7 +178,9 @@ class FakeCheckpointer:
         if self._dice.random() < 0.15:
             raise CheckpointError("the file is damaged")
         step = int(checkpoint.removeprefix("step-"))
-        return SimpleNamespace(step=step, metrics={}, incarnation=1, same_ranks=True, restore_rng=lambda: None)
+        return SimpleNamespace(
+            step=step, metrics={}, incarnation=1, same_ranks=True, notes=(), restore_rng=lambda: None
+        )
 
     def begin_save(self, **_: Any) -> Any:
         return SimpleNamespace(done=lambda: False)

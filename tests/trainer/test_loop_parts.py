@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from trainctl.trainer.best_weights import BestWeights
 from trainctl.trainer.early_stopping import EarlyStopping
 from trainctl.trainer.ema import Ema
 from trainctl.trainer.loop import Outcome, TrainConfig, parameter_groups, train, warmup_cosine
@@ -217,3 +218,52 @@ def test_its_state_survives_a_rollback() -> None:
 def test_impossible_patience_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="patience"):
         EarlyStopping(**wrong)
+
+
+def test_a_metric_that_should_rise_is_judged_the_other_way_round() -> None:
+    stopper = EarlyStopping(patience=2, mode="max")
+    assert [stopper.judge(value, step=step) for step, value in enumerate([0.5, 0.6, 0.6, 0.4])] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+    assert (stopper.best, stopper.exhausted) == (0.6, True)
+    again = EarlyStopping(patience=2, mode="max")
+    again.load_state_dict(stopper.state_dict())
+    assert (again.best, again.judge(0.7, step=9)) == (0.6, True)
+    with pytest.raises(ValueError, match="mode is min or max"):
+        EarlyStopping(patience=1, mode="least")  # type: ignore[arg-type]
+
+
+# --- the best weights
+
+
+def test_the_best_weights_come_back_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = regression_batches(16)
+    model, again = fresh(), fresh()
+    # Steps that are far too large: the loss leaps about, and the newest weights are not the best.
+    settings = {"eval_every": 1, "learning_rate": 3.0, "lr_floor": 1.0}
+    outcome = train_off(monkeypatch, model, batches, total_steps=12, restore_best=True, **settings)
+    assert outcome.restored_step is not None
+    train_off(monkeypatch, again, batches, total_steps=12, **settings)
+
+    def loss(of: nn.Module) -> float:
+        return sum(of(*batch).item() for batch in batches[:2])
+
+    assert outcome.restored_step < 12
+    assert loss(model) < loss(again)
+
+
+def test_the_best_weights_are_state_that_a_rollback_restores() -> None:
+    model = fresh()
+    best = BestWeights(model)
+    best.keep(step=5)
+    kept = best.state_dict()
+    saved = {"step": kept["step"], "weights": {name: value.clone() for name, value in kept["weights"].items()}}
+    with torch.no_grad():
+        model.line.weight.add_(1.0)
+    best.keep(step=9)
+    best.load_state_dict(saved)
+    assert best.put_back() == 5
+    assert torch.equal(model.line.weight, saved["weights"]["line.weight"])

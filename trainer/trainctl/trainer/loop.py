@@ -22,6 +22,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from trainctl.trainer import Run
+from trainctl.trainer.best_weights import BestWeights
 from trainctl.trainer.early_stopping import EarlyStopping
 from trainctl.trainer.ema import Ema
 from trainctl.trainer.parallel import Sharding, bare, distribute, gradient_sync, mean_over_ranks, warm_reducer, world
@@ -36,7 +37,8 @@ class TrainConfig:
     """How to train. Raises `ValueError` for what cannot be meant.
 
     A step is one optimizer step of `accumulate` micro-batches on every rank. `eval_every` and `checkpoint_every` are
-    steps, `patience` is evaluations; None switches a thing off.
+    steps, `patience` is evaluations; None switches a thing off. `min_delta` is what an evaluation has to improve by to
+    count; `restore_best` leaves the model with the weights of the best evaluation, whichever way the training ended.
     """
 
     total_steps: int
@@ -52,6 +54,8 @@ class TrainConfig:
     eval_every: int | None = 50
     checkpoint_every: int | None = 100
     patience: int | None = None
+    min_delta: float = 0.0
+    restore_best: bool = False
     ema_decay: float | None = None
     seed: int = 0
 
@@ -71,14 +75,22 @@ class TrainConfig:
             raise ValueError(f"amp is off, bf16 or fp16 and sharding ddp or fsdp, not {self.amp} and {self.sharding}")
         if self.patience is not None and self.eval_every is None:
             raise ValueError("early stopping judges evaluations: give eval_every, or no patience")
+        if self.restore_best and self.eval_every is None:
+            raise ValueError("the best weights are those of an evaluation: give eval_every, or no restore_best")
+        if not (math.isfinite(self.min_delta) and self.min_delta >= 0.0):
+            raise ValueError(f"min_delta is at least 0, not {self.min_delta}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a training ended: after `step` steps, early when the validation loss had stopped falling."""
+    """How a training ended: after `step` steps, early when the validation loss had stopped falling.
+
+    `restored_step`: the step of the evaluation whose weights the model has now, None where it has the newest.
+    """
 
     step: int
     stopped_early: bool
+    restored_step: int | None = None
 
 
 def warmup_cosine(*, warmup_steps: int, total_steps: int, floor: float) -> Callable[[int], float]:
@@ -182,7 +194,9 @@ def train(
     if not validation:
         raise ValueError("train() needs at least one validation batch")
     trainer = Trainer(model=model, blocks=blocks, config=config, device=device)
-    stopper = None if config.patience is None else EarlyStopping(patience=config.patience)
+    judges = config.patience is not None or config.restore_best
+    stopper = EarlyStopping(patience=config.patience, min_delta=config.min_delta) if judges else None
+    best = BestWeights(bare(trainer.model)) if config.restore_best else None
     warm_reducer(trainer.model, lambda: trainer.forward_loss(trainer.model, validation[0]))
     # Weights are alike on every rank, dropout is not.
     torch.manual_seed(config.seed + world()[0])
@@ -190,7 +204,9 @@ def train(
     def evaluate() -> dict[str, float]:
         metrics = trainer.evaluate(lambda: run.eval_batches(validation))
         if stopper is not None and not run.stopping:  # a stopped evaluation saw a part of the batches
-            stopper.judge(metrics["val_loss"], step=run.step)
+            improved = stopper.judge(metrics["val_loss"], step=run.step)
+            if improved and best is not None:
+                best.keep(step=run.step)
         return metrics
 
     run = Run.attach(
@@ -211,8 +227,11 @@ def train(
             run.track("ema", trainer.ema)
         if stopper is not None:
             run.track("early_stopping", stopper)
+        if best is not None:
+            run.track("best_weights", best)
         stopped_early = _steps(run, trainer, stopper)
-    return Outcome(step=run.step, stopped_early=stopped_early)
+    restored = best.put_back() if best is not None else None  # after the run: its checkpoints have the newest weights
+    return Outcome(step=run.step, stopped_early=stopped_early, restored_step=restored)
 
 
 def _steps(run: Run, trainer: Trainer, stopper: EarlyStopping | None) -> bool:

@@ -42,6 +42,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--checkpoint-every", type=int, default=100, metavar="STEPS")
     add("--ema", type=float, metavar="DECAY", help="keep a moving average of the weights")
     add("--patience", type=int, metavar="EVALUATIONS", help="stop when so many in a row bring no improvement")
+    add("--restore-best", action="store_true", help="end with the weights of the best evaluation")
     add("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
@@ -72,6 +73,7 @@ def prepare(options: argparse.Namespace) -> Job:
         eval_every=options.eval_every,
         checkpoint_every=options.checkpoint_every,
         patience=options.patience,
+        restore_best=options.restore_best,
         ema_decay=options.ema,
         seed=options.seed,
     )
