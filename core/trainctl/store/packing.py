@@ -8,9 +8,10 @@ How numbers are stored is in numbers.py; what does not shrink is stored as it is
 """
 
 import contextlib
+import errno
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -37,6 +38,10 @@ ROWS_LIMIT = 4096
 _CELLS_LIMIT = 128 * 1024
 _OTHERS_BYTES = 256 * 1024
 _STEP_LIMIT = 2**60
+
+
+class UnreadableSegment(OSError):
+    """The file system does not give the bytes of a segment. It may do so later."""
 
 
 class PackedColumn(Message, frozen=True, kw_only=True):
@@ -250,7 +255,19 @@ class Sealed:
 
 
 def pack_segment(directory: Path, number: int) -> list[Sealed]:
-    """Rewrite one full segment by columns and remove the recorded one. May run in a thread. Raises OSError.
+    """Rewrite one full segment by columns and remove the recorded one. May run in a thread. Raises OSError, and then
+    the recorded one stands: `UnreadableSegment` where the file system does not give all of its bytes."""
+    steps = packing_steps(directory, number)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            sealed: list[Sealed] = done.value
+            return sealed
+
+
+def packing_steps(directory: Path, number: int) -> Generator[None, None, list[Sealed]]:
+    """`pack_segment` a block at a time, for whoever has other work to do in between.
 
     The packed file is whole and on disk before the recorded one goes, so a crash leaves one of them, or both, of which
     readers take the packed one.
@@ -267,10 +284,11 @@ def pack_segment(directory: Path, number: int) -> list[Sealed]:
                     sealed.append(sealed_of(packed, number, offset))
                 file.write(frame(payload))
                 offset += frame_size(payload)
+                yield
             file.flush()
             os.fsync(file.fileno())
         partial.replace(target)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):  # the reason to fail is the first error
             partial.unlink()
         raise
@@ -304,10 +322,14 @@ def _packed(directory: Path, number: int) -> Iterator[Packed]:
         try:
             envelope = decode(found.payload)
         except codec.DecodeError:
-            yield from packer.keep(found.payload)  # whole by its checksum: a newer version may have written it
+            # Whole by its checksum: a newer version may have written it. For that one the order counts.
+            yield from packer.flush()
+            yield from packer.keep(found.payload)
             continue
         assert isinstance(envelope, Envelope)
         yield from packer.feed(envelope, found.payload)
     yield from packer.flush()
+    if unread := next((each for each in damage if each.why), None):
+        raise UnreadableSegment(errno.EIO, f"{unread}; it is left as it is")
     if damage:
         yield PackedDamage(damage=damage)

@@ -13,6 +13,7 @@ import numpy as np
 
 from trainctl.store.blocks import Block
 from trainctl.store.frames import Damage
+from trainctl.store.links import LinkHeads
 from trainctl.store.metrics import MetricStore
 from trainctl.store.packing import Sealed
 from trainctl.store.rollups import Columns
@@ -76,7 +77,7 @@ class RunRecord:
         self.commands: dict[str, CommandUpdate] = {}
         self.damage = list[Damage]()
         self.last_time = info.started
-        self._links: dict[int, int] = {}
+        self._links = LinkHeads()
         self._checkpoint_incarnations: dict[str, int] = {}
         self._settled: deque[str] = deque()
         self._directory = Path(info.dir)
@@ -93,11 +94,10 @@ class RunRecord:
         if (envelope.epoch, envelope.seq) <= (epoch, self.heads.get(envelope.stream, 0)):
             return
         self.heads[envelope.stream], self.epochs[envelope.stream] = envelope.seq, envelope.epoch
-        if envelope.link and envelope.link <= self.link_have(envelope.attempt):
+        if self._links.repeats(envelope.attempt, envelope.stream, envelope.link):
             return
         self.last_time = max(self.last_time, envelope.time)
-        if envelope.link:
-            self._links[envelope.attempt] = max(envelope.link, self.link_have(envelope.attempt))
+        self._links.note(envelope.attempt, envelope.stream, envelope.link)
         match envelope.body:
             case Rows() as rows:
                 self._apply_rows(rows, envelope)
@@ -112,14 +112,13 @@ class RunRecord:
         """Take packed rows; what was taken before is skipped."""
         packed, known, epoch = block.packed, self.heads.get("metrics", 0), self.epochs.get("metrics", 0)
         newest = known if packed.epoch == epoch else 0 if packed.epoch > epoch else place.last
-        self.metrics.add_block(block, newest, self.link_have(packed.attempt))
+        self.metrics.add_block(block, newest, self._links.head(packed.attempt, "metrics"))
         self.metrics.seal(place)
         if place.last <= newest:
             return
         self.heads["metrics"], self.epochs["metrics"] = place.last, packed.epoch
         self.last_time = max(self.last_time, packed.time)
-        if packed.link:
-            self._links[packed.attempt] = max(packed.link, self.link_have(packed.attempt))
+        self._links.note(packed.attempt, "metrics", packed.link)
         lr: dict[str, float] = {
             name: float(values[-1])
             for name in ("lr", "lr_scheduled")
@@ -143,7 +142,7 @@ class RunRecord:
             heads=dict(self.heads),
             epochs=dict(self.epochs),
             last_time=self.last_time,
-            links=dict(self._links),
+            links=self._links.saved(),
             ranks=dict(self.ranks),
             nodes=dict(self.nodes),
             events=list(self.events),
@@ -159,7 +158,7 @@ class RunRecord:
         self.state, self.last_time = saved.state, saved.last_time
         self.heads |= saved.heads
         self.epochs |= saved.epochs
-        self._links, self.ranks, self.nodes = dict(saved.links), dict(saved.ranks), dict(saved.nodes)
+        self._links, self.ranks, self.nodes = LinkHeads(saved.links), dict(saved.ranks), dict(saved.nodes)
         self.events.extend(saved.events)
         self.commands = {update.id: update for update in saved.commands}
         self._settled = deque(saved.settled)
@@ -237,7 +236,7 @@ class RunRecord:
 
     def link_have(self, attempt: int) -> int:
         """The newest number of rank 0's own counting that is recorded of an attempt, 0 if none is."""
-        return self._links.get(attempt, 0)
+        return self._links.have(attempt)
 
     @property
     def pending(self) -> list[CommandUpdate]:

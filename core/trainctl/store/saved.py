@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 from trainctl.store.frames import Damage, packed_file
 from trainctl.store.rollups import Columns, Level
 from trainctl.store.tracks import BASE, FAN, BlockReader, Chunks, Track
-from trainctl.wire.messages import CommandUpdate, Event, LastValue, Message, NodeReading, RankFigures, RunState
+from trainctl.wire.messages import CommandUpdate, Event, LastValue, Message, NodeReading, RankFigures, RunState, Stream
 from trainctl.wire.rundir import write_atomic
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 1 left out rows that packing had put behind events, and may lack them
 _HEADER = struct.Struct("<4sII")
 _MAGIC = b"TCI\0"
 
@@ -76,7 +76,7 @@ class SavedRun(Message, frozen=True, kw_only=True):
     heads: dict[str, int]
     epochs: dict[str, int]
     last_time: float
-    links: dict[int, int]
+    links: list[tuple[int, Stream, int]]  # (attempt, stream, newest number)
     ranks: dict[int, RankFigures]
     nodes: dict[str, NodeReading]
     events: list[Event]

@@ -147,13 +147,15 @@ class Attendance:
             self._line.link.close()
         attempt = hello.info.attempt
         known = self._board.knows(attempt)
-        if attempt != self._line.attempt:
-            self._keeper.new_attempt()
+        self._keeper.begin_attempt(attempt)
         self._line.link, self._line.attempt = link, attempt
         self._board.take_info(hello.info)
         self._starts_again.learn(hello.pid)
         self._roll_call.begin(hello.info)
-        link.send(LinkWelcome(epoch=self._ownership.epoch, have=self._record.link_have(attempt)))
+        have, unwritten = self._record.link_have(attempt), self._keeper.unwritten_link()
+        # What only our memory holds would go with us: rank 0 keeps it, and what it sends twice is taken once.
+        have = have if unwritten is None else min(have, unwritten - 1)
+        link.send(LinkWelcome(epoch=self._ownership.epoch, have=have))
         self._desk.rank_came(new_attempt=not known)
         if not known:
             self._board.begin(hello)
