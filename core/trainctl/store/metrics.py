@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainctl.store.blocks import Block
+from trainctl.store.chunks import BlockReader
 from trainctl.store.packing import Sealed, well_formed
 from trainctl.store.rollups import Columns, join
 from trainctl.store.saved import SavedBranch, SavedMetrics, load_track, save_track
-from trainctl.store.tracks import BlockReader, Track
+from trainctl.store.tracks import Track
 from trainctl.wire.messages import LastValue, Rows
 
 VALUE_COLUMNS: Final = ("step", "time", "value", "incarnation")
@@ -172,6 +173,11 @@ class MetricStore:
     def save(self) -> SavedMetrics:
         """Everything, to be restored later."""
         self._settle()
+        for incarnation, cut in self.live_branch():
+            if cut is not None:
+                for metric in self._metrics.values():
+                    if incarnation in metric.tracks:
+                        metric.tracks[incarnation].remember(cut)
         return SavedMetrics(
             names=list(self._metrics),
             last={name: metric.last for name, metric in self._metrics.items() if metric.last is not None},
@@ -287,22 +293,25 @@ class MetricStore:
                 columns = track.values(from_step, end)
                 parts.append(columns | {"incarnation": np.full(len(columns["step"]), number, "i8")})
             return join(parts) if parts else _empty(VALUE_COLUMNS)
-        sizes = [track.count_between(from_step, end) for _, track, end in spans]
-        for (number, track, end), size in zip(spans, sizes, strict=True):
-            if size:
-                share = max(1, round(points * size / sum(sizes)))
-                parts.append(_as_rollup(track.buckets(from_step, end, share), number))
-        return join(parts) if parts else _empty(ROLLUP_COLUMNS)
+        found = [(number, track, end, track.span(from_step, end)) for number, track, end in spans]
+        total = sum(span.size for *_, span in found)
+        incarnations: list[int] = []
+        for number, track, end, span in found:
+            if span.size:
+                share = max(1, round(points * span.size / total))
+                parts.append(track.buckets(span, from_step, end, share))
+                incarnations += [number] * len(parts[-1]["step"])
+        return _as_rollup(join(parts), incarnations) if parts else _empty(ROLLUP_COLUMNS)
 
 
-def _as_rollup(buckets: Columns, incarnation: int) -> Columns:
+def _as_rollup(buckets: Columns, incarnations: list[int]) -> Columns:
     finite = buckets["count"].astype("i8") - buckets["nonfinite"].astype("i8")
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = np.where(finite > 0, buckets["sum"].astype("f8") / finite, np.nan)
     made = dict(buckets)
     del made["sum"]
     made["mean"] = mean
-    made["incarnation"] = np.full(len(mean), incarnation, "i8")
+    made["incarnation"] = np.array(incarnations, "i8")
     return {name: made[name] for name in ROLLUP_COLUMNS}
 
 

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 Columns: TypeAlias = dict[str, NDArray[np.generic]]
 
-_DTYPES: Final = {
+# What a bucket is, in this order wherever order counts.
+BUCKET: Final = {
     "step": "i8",
     "time": "f8",
     "min": "f8",
@@ -72,7 +73,7 @@ class Level:
     def __init__(self, width: int, columns: Columns | None = None) -> None:
         self.width = width
         self.columns = {
-            name: Growing(dtype, None if columns is None else columns[name]) for name, dtype in _DTYPES.items()
+            name: Growing(dtype, None if columns is None else columns[name]) for name, dtype in BUCKET.items()
         }
 
     @property
@@ -113,8 +114,20 @@ def group(buckets: Columns, size: int) -> Columns:
     count = len(buckets["step"])
     if size <= 1 or count == 0:
         return buckets
-    starts = np.arange(0, count, size)
-    ends = np.minimum(starts + size, count) - 1
+    return merge_at(buckets, np.arange(0, count, size))
+
+
+def group_by_count(buckets: Columns, values: int) -> Columns:
+    """Merge neighbouring buckets of any widths into such of about `values` values, one that has more stays alone."""
+    if not len(buckets["step"]):
+        return buckets
+    number = (np.cumsum(buckets["count"].astype("i8")) - 1) // values
+    return merge_at(buckets, np.concatenate([[0], np.flatnonzero(np.diff(number)) + 1]))
+
+
+def merge_at(buckets: Columns, starts: NDArray[np.int64]) -> Columns:
+    """Merge buckets into one from each of `starts` on up to the next."""
+    ends = np.append(starts[1:], len(buckets["step"])) - 1
     with np.errstate(over="ignore", invalid="ignore"):  # values near the largest double: their mean is no number
         total = np.add.reduceat(buckets["sum"], starts)
     # fmin and fmax pass NaN over unless there is nothing else
