@@ -13,10 +13,10 @@ import numpy as np
 
 from trainctl.store.blocks import Block
 from trainctl.store.frames import Damage
+from trainctl.store.history import history
 from trainctl.store.links import LinkHeads
 from trainctl.store.metrics import MetricStore
 from trainctl.store.packing import Sealed
-from trainctl.store.rollups import Columns
 from trainctl.store.saved import SavedRun
 from trainctl.wire.commands import FINAL_COMMAND_STATES
 from trainctl.wire.events import kind_of
@@ -41,7 +41,6 @@ from trainctl.wire.messages import (
     Rows,
     RunInfo,
     RunState,
-    Series,
     Snapshot,
     SnapshotRequest,
     StateChanged,
@@ -50,9 +49,6 @@ from trainctl.wire.rundir import RunDir
 
 EVENTS_KEPT = 20_000
 SETTLED_COMMANDS_KEPT = 5_000
-HISTORY_BYTES = 900 * 1024
-_VALUE_BYTES = 4 * 8
-_ROLLUP_BYTES = 9 * 8
 
 
 class RunRecord:
@@ -274,22 +270,7 @@ class RunRecord:
 
     def history(self, request: HistoryRequest) -> History:
         """Values or rollups of metrics, cut where the answer would pass the size limit."""
-        points = request.points
-        if points is not None:
-            points = max(1, min(points, HISTORY_BYTES // _ROLLUP_BYTES // max(1, len(request.metrics)) - 8))
-        found = {
-            name: self.metrics.query(
-                name,
-                from_step=request.from_step,
-                to_step=request.to_step,
-                points=points,
-                incarnation=request.incarnation,
-            )
-            for name in dict.fromkeys(request.metrics)
-        }
-        next_step = _cut(found) if points is None else None
-        series = [Series(name=name, columns=_encoded(columns)) for name, columns in found.items()]
-        return History(req=request.req, series=series, next_step=next_step)
+        return history(self.metrics, request)
 
     def events_matching(self, request: EventsRequest) -> list[Event]:
         """The newest `limit` events that match, oldest first."""
@@ -315,25 +296,3 @@ def _last_lr(rows: Rows) -> dict[str, float]:
 
 def _newest(events: "deque[Event]", limit: int) -> list[Event]:
     return list(islice(reversed(events), max(0, limit)))[::-1]
-
-
-def _encoded(columns: Columns) -> dict[str, bytes]:
-    return {
-        name: column.astype("<i8" if column.dtype.kind == "i" else "<f8").tobytes() for name, column in columns.items()
-    }
-
-
-def _cut(found: dict[str, Columns]) -> int | None:
-    """Shorten value columns in place to what fits one answer; return the step to ask from next."""
-    limit = HISTORY_BYTES // _VALUE_BYTES
-    steps = np.concatenate([columns["step"] for columns in found.values()] or [np.empty(0, "i8")])
-    if len(steps) <= limit:
-        return None
-    steps.sort()
-    next_step = int(steps[limit])
-    if next_step == int(steps[0]):
-        next_step += 1  # more values at one step than fit: send them all rather than never get on
-    for name, columns in found.items():
-        kept = columns["step"].astype("i8") < next_step
-        found[name] = {column: values[kept] for column, values in columns.items()}
-    return next_step if next_step <= int(steps[-1]) else None
