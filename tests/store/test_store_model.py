@@ -11,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from plain_history import PlainHistory, nothing_but, same_span, same_values
@@ -112,9 +112,7 @@ class History(RuleBasedStateMachine):
                 values[:] = random.choice(ODD)
             with np.errstate(over="ignore"):
                 values = values.astype("<f4") if random.random() < 0.6 else values.astype("<f8")
-            columns.append(
-                Column(name=name, dtype="f4" if values.dtype.itemsize == 4 else "f8", data=values.tobytes())
-            )
+            columns.append(Column(name=name, dtype="f4" if values.dtype.itemsize == 4 else "f8", data=values.tobytes()))
             into = self.model.values.setdefault((name, self.incarnation), [])
             into += zip(steps, times, values.astype("f8").tolist(), strict=True)
         self.step, self.clock = steps[-1], self.clock + 0.05 * rows
@@ -270,5 +268,9 @@ class History(RuleBasedStateMachine):
 
 TestHistory = History.TestCase
 TestHistory.settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=40,
+    stateful_step_count=30,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],  # to shorten thirty steps takes minutes
 )
