@@ -118,6 +118,8 @@ class MetricStore:
         """Take packed rows. Those of envelopes up to number `known`, or that rank 0 numbered up to `linked`, were taken
         before."""
         skip, epoch, incarnation = 0, block.packed.epoch, block.packed.incarnation
+        # All of it is unpacked before any of it is taken: a block that turns out to be nonsense is taken not at all.
+        unpacked = [(name, block.rows(name), *block.metric(name)) for name in block.names]
         envelopes = zip(block.seqs.tolist(), block.links.tolist(), block.widths.tolist(), block.kinds(), strict=True)
         for seq, link, width, names in envelopes:
             if seq <= known or 0 < link <= linked:
@@ -128,9 +130,7 @@ class MetricStore:
             return
         self._settle()
         self.begin(incarnation, after_step=int(block.steps[skip]) - 1)
-        for name in block.names:
-            steps, times, values = block.metric(name)
-            rows = block.rows(name)
+        for name, rows, steps, times, values in unpacked:
             behind = skip if rows is None else int(np.searchsorted(rows, skip))
             if behind < len(steps):
                 self._extend(name, incarnation, steps[behind:], times[behind:], values[behind:])

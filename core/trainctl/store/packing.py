@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainctl.store.frames import (
+    FRAME_LIMIT,
     PACKED_HEADER,
     Damage,
     frame,
@@ -29,7 +30,7 @@ from trainctl.store.frames import (
     segment_file,
     segment_frames,
 )
-from trainctl.store.numbers import LEVEL, pack_integers, pack_times, shuffle, unpack_integers
+from trainctl.store.numbers import LEVEL, inflate, pack_integers, pack_times, shuffle, unpack_integers
 from trainctl.wire import codec
 from trainctl.wire.messages import Column, Envelope, Message, RolledBack, Rows, StateChanged
 from trainctl.wire.rundir import fsync_dir
@@ -37,6 +38,7 @@ from trainctl.wire.rundir import fsync_dir
 ROWS_LIMIT = 4096
 _CELLS_LIMIT = 128 * 1024
 _OTHERS_BYTES = 256 * 1024
+_CLAIM_LIMIT = 2**21  # cells that a block can have at most: one envelope of many short values stays whole
 _STEP_LIMIT = 2**60
 
 
@@ -85,12 +87,21 @@ class PackedDamage(Message, frozen=True, kw_only=True, tag="damage"):
 
 
 Packed: TypeAlias = PackedRows | PackedEnvelopes | PackedDamage
-decode_packed = msgspec.msgpack.Decoder(Packed).decode
+_decode = msgspec.msgpack.Decoder(Packed).decode
 _decode_list = msgspec.msgpack.Decoder(list[bytes]).decode
 
 
+def decode_packed(payload: bytes) -> Packed:
+    """A frame of a packed segment. Raises msgspec.MsgspecError, for a block that claims too much as well."""
+    packed: Packed = _decode(payload)
+    if isinstance(packed, PackedRows) and not 0 < packed.count * max(1, len(packed.columns)) <= _CLAIM_LIMIT:
+        raise msgspec.ValidationError(f"a block of {packed.count} rows of {len(packed.columns)} metrics")
+    return packed
+
+
 def envelopes_of(packed: PackedEnvelopes) -> list[bytes]:
-    return _decode_list(zlib.decompress(packed.data))
+    """Raises msgspec.MsgspecError, ValueError or zlib.error for what nobody packed like this."""
+    return _decode_list(inflate(packed.data, 2 * FRAME_LIMIT))
 
 
 def well_formed(rows: Rows) -> list[Column]:
@@ -301,12 +312,12 @@ def sealed_of(packed: PackedRows, segment: int, offset: int) -> Sealed:
     counts: dict[str, int] = {}
     for column in packed.columns:
         like = column if column.like is None else _original(packed, column.like)
-        counts[column.name] = packed.count if not like.rows else len(unpack_integers(like.rows))
+        counts[column.name] = packed.count if not like.rows else len(unpack_integers(like.rows, packed.count))
     return Sealed(
         segment=segment,
         offset=offset,
         epoch=packed.epoch,
-        seqs=tuple(unpack_integers(packed.seqs).tolist()),
+        seqs=tuple(unpack_integers(packed.seqs, packed.count).tolist()),
         incarnation=packed.incarnation,
         counts=counts,
     )

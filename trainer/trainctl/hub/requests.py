@@ -8,6 +8,7 @@ from pathlib import Path
 from trainctl.hub.desk import CommandDesk
 from trainctl.hub.keeper import JournalKeeper
 from trainctl.hub.recorder import Recorder
+from trainctl.hub.snapshots import fitting
 from trainctl.store.audit import AuditLog
 from trainctl.store.history import history_steps
 from trainctl.wire.codec import DATA_LIMIT
@@ -81,7 +82,7 @@ class Requests:
         match request:
             case SnapshotRequest():
                 checkpoints = await self._checkpoints()
-                return self._record.snapshot(request, checkpoints)
+                return fitting(self._record.snapshot(request, checkpoints))
             case CommandRequest(command=command):
                 await self._desk.do(command, caller)
                 return None
