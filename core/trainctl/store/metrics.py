@@ -24,6 +24,7 @@ from trainctl.wire.messages import LastValue, Rows
 
 VALUE_COLUMNS: Final = ("step", "time", "value", "incarnation")
 ROLLUP_COLUMNS: Final = ("step", "time", "min", "max", "mean", "last", "count", "nonfinite", "incarnation")
+_INTEGERS: Final = {"step", "incarnation", "count", "nonfinite"}
 _TOGETHER: Final = 64 * 1024  # values, so that many metrics do not make one settling long
 
 
@@ -312,9 +313,8 @@ def _as_rollup(buckets: Columns, incarnations: list[int]) -> Columns:
     del made["sum"]
     made["mean"] = mean
     made["incarnation"] = np.array(incarnations, "i8")
-    return {name: made[name] for name in ROLLUP_COLUMNS}
+    return {name: made[name].astype("i8" if name in _INTEGERS else "f8", copy=False) for name in ROLLUP_COLUMNS}
 
 
 def _empty(names: tuple[str, ...]) -> Columns:
-    integers = {"step", "incarnation", "count", "nonfinite"}
-    return {name: np.empty(0, "i8" if name in integers else "f8") for name in names}
+    return {name: np.empty(0, "i8" if name in _INTEGERS else "f8") for name in names}

@@ -33,7 +33,7 @@ _MAGIC = b"TCI\0"
 
 
 class SavedColumn(Message, frozen=True, kw_only=True):
-    dtype: Literal["<i8", "<f8", "<f4"]
+    dtype: Literal["<i8", "<i4", "<f8", "<f4"]
     data: bytes
 
 
@@ -139,7 +139,7 @@ def save_columns(columns: Columns) -> SavedColumns:
 
 def _save(column: NDArray[np.generic]) -> SavedColumn:
     little = column.astype(column.dtype.newbyteorder("<"), copy=False)
-    kinds: dict[str, Literal["<i8", "<f8", "<f4"]] = {"i8": "<i8", "f8": "<f8", "f4": "<f4"}
+    kinds: dict[str, Literal["<i8", "<i4", "<f8", "<f4"]] = {"i8": "<i8", "i4": "<i4", "f8": "<f8", "f4": "<f4"}
     return SavedColumn(dtype=kinds[little.dtype.kind + str(little.dtype.itemsize)], data=little.tobytes())
 
 
