@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from trainctl.store.chunks import BlockReader
-from trainctl.store.frames import segments
+from trainctl.store.frames import packed_file, segments
 from trainctl.store.journal import JournalWriter
 from trainctl.store.packing import pack_segment
 from trainctl.store.record import RunRecord
@@ -119,3 +119,17 @@ def test_a_chart_of_a_run_that_was_rolled_back_often_looks_up_each_end_once(
     opened.restore(saved)
     assert opened.history(asked) == first
     assert not read, "in the index too"
+
+
+def test_a_branch_whose_rows_decayed_since_they_were_looked_up_is_a_gap_and_no_fault(tmp_path: Path) -> None:
+    record = packed_run(tmp_path)
+    asked = HistoryRequest(req=1, metrics=["loss"], from_step=100_001, to_step=100_010, points=400)
+    assert np.frombuffer(record.history(asked).series[0].columns["count"], "<i8").sum() == 10
+    opened = RunRecord(record.info)
+    opened.restore(record.save([], {}))
+    for number in segments(RunDir(tmp_path).journal):
+        packed_file(RunDir(tmp_path).journal, number).write_bytes(b"")
+    for points in (1, 3, 400):
+        found = opened.history(msgspec.structs.replace(asked, points=points))
+        assert found.series[0].columns["count"] == b""
+    assert opened.metrics.unreadable

@@ -12,6 +12,7 @@ import numpy as np
 from trainctl.store.rollups import BUCKET, Columns
 
 _KEPT: Final = 8
+_DRAWN: Final = 2
 
 
 class Edges:
@@ -20,6 +21,7 @@ class Edges:
     def __init__(self, saved: Columns | None = None) -> None:
         self._rows: OrderedDict[tuple[int, bool], int] = OrderedDict()
         self._merged: OrderedDict[tuple[int, int], tuple[float, ...]] = OrderedDict()
+        self._drawn: OrderedDict[tuple[int, int, int], list[Columns]] = OrderedDict()
         if saved is not None:
             places = zip(saved["at"].tolist(), saved["right"].tolist(), saved["row"].tolist(), strict=True)
             self._rows.update({(step, bool(right)): row for step, right, row in places})
@@ -61,3 +63,16 @@ class Edges:
         self._merged[first, end] = tuple(bucket[name][0].item() for name in BUCKET)
         if len(self._merged) > _KEPT:
             self._merged.popitem(last=False)
+
+    def drawn(self, first: int, end: int, per_bucket: int) -> list[Columns] | None:
+        """Rows `first` to `end` in buckets of so many, if they were drawn like that lately."""
+        found = self._drawn.get((first, end, per_bucket))
+        if found is not None:
+            self._drawn.move_to_end((first, end, per_bucket))
+        return found
+
+    def draws(self, first: int, end: int, per_bucket: int, buckets: list[Columns]) -> None:
+        """Remember a few buckets, in this process only."""
+        self._drawn[first, end, per_bucket] = buckets
+        if len(self._drawn) > _DRAWN:
+            self._drawn.popitem(last=False)

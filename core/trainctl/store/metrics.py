@@ -300,8 +300,9 @@ class MetricStore:
         for number, track, end, span in found:
             if span.size:
                 share = max(1, round(points * span.size / total))
-                parts.append(track.buckets(span, from_step, end, share))
-                incarnations += [number] * len(parts[-1]["step"])
+                drawn = track.buckets(span, from_step, end, share)
+                parts += drawn
+                incarnations += [number] * sum(len(part["step"]) for part in drawn)
         return _as_rollup(join(parts), incarnations) if parts else _empty(ROLLUP_COLUMNS)
 
 

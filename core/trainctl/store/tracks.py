@@ -23,6 +23,7 @@ from trainctl.store.rollups import Columns, Growing, Level, group, group_by_coun
 
 BASE: Final = 256
 FAN: Final = 4
+_FEW: Final = 16  # buckets: what is drawn of one of many branches, small enough to be remembered
 # A level that is a little too coarse is taken rather than values read: a fifth fewer buckets than were asked for.
 _COARSER: Final = 1.25
 
@@ -243,15 +244,24 @@ class Track:
             mask &= steps <= to_step
         return {name: column[mask] for name, column in found.items()}
 
-    def buckets(self, span: Span, from_step: int | None, to_step: int | None, points: int) -> Columns:
-        """About `points` buckets (never more than `points` + 2) of what `span` found between these two steps."""
+    def buckets(self, span: Span, from_step: int | None, to_step: int | None, points: int) -> list[Columns]:
+        """About `points` buckets (never more than `points` + 2) of what `span` found between these two steps, in
+        parts: who asks many tracks joins them once."""
         per_bucket = max(1, math.ceil(span.size / points))
         if span.whole is not None and span.singles is not None:
-            return self._in_order(span.whole, span.singles, from_step, to_step, per_bucket)
+            return [self._in_order(span.whole, span.singles, from_step, to_step, per_bucket)]
         if not span.certain:
             found = self._between(from_step, to_step, self.rows(span.first, span.end))
-            return group(ones(found["step"], found["time"], found["value"]), per_bucket)
-        return self._of_rows(span.first, span.end, per_bucket)
+            return [group(ones(found["step"], found["time"], found["value"]), per_bucket)]
+        if points > _FEW:
+            return self._of_rows(span.first, span.end, per_bucket)
+        known = self.edges.drawn(span.first, span.end, per_bucket)
+        if known is None:
+            known = self._of_rows(span.first, span.end, per_bucket)
+            if sum(int(part["count"].sum()) for part in known) == span.size:  # no row of it decayed
+                known = [join(known)]
+                self.edges.draws(span.first, span.end, per_bucket, known)
+        return known
 
     def _in_order(
         self, whole: NDArray[np.bool_], singles: Columns, from_step: int | None, to_step: int | None, per_bucket: int
@@ -269,29 +279,27 @@ class Track:
         order = np.lexsort((rows, made["step"]))
         return group_by_count({name: column[order] for name, column in made.items()}, per_bucket)
 
-    def _of_rows(self, first: int, last: int, per_bucket: int) -> Columns:
+    def _of_rows(self, first: int, last: int, per_bucket: int) -> list[Columns]:
         fitting = sum(level.width <= per_bucket * _COARSER for level in self.levels)
         if not fitting:
-            return group(self.ones(first, last), per_bucket)
+            return [group(self.ones(first, last), per_bucket)]
         level = self.levels[fitting - 1]
         low, high = -(-first // level.width), min(last // level.width, level.size)
         if low >= high:
             return self._merged(first, last, fitting - 1)  # less than two buckets of the level
-        parts = [
-            self._merged(first, low * level.width, fitting - 1),
+        return [
+            *self._merged(first, low * level.width, fitting - 1),
             group(level.slice(low, high), -(-per_bucket // level.width)),
-            self._merged(high * level.width, last, fitting - 1),
+            *self._merged(high * level.width, last, fitting - 1),
         ]
-        kept = [part for part in parts if len(part["step"])]
-        return kept[0] if len(kept) == 1 else join(kept)
 
-    def _merged(self, first: int, last: int, at: int) -> Columns:
-        """Rows between two, from the levels below `at`, as one bucket."""
+    def _merged(self, first: int, last: int, at: int) -> list[Columns]:
+        """Rows between two, from the levels below `at`, as one bucket; none where there are none."""
         parts = [part for part in self._pieces(first, last, at - 1) if len(part["step"])]
         if not parts:
-            return ones(*(self.hot[name].view[:0] for name in ("step", "time", "value")))
+            return []
         joined = join(parts) if len(parts) > 1 else parts[0]
-        return group(joined, len(joined["step"]))
+        return [group(joined, len(joined["step"]))]
 
     def _pieces(self, first: int, last: int, at: int) -> list[Columns]:
         """Buckets of any width that cover these rows: the widest that fit, one of the rows at each edge."""
