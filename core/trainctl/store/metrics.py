@@ -25,6 +25,7 @@ from trainctl.wire.messages import LastValue, Rows
 VALUE_COLUMNS: Final = ("step", "time", "value", "incarnation")
 ROLLUP_COLUMNS: Final = ("step", "time", "min", "max", "mean", "last", "count", "nonfinite", "incarnation")
 _INTEGERS: Final = {"step", "incarnation", "count", "nonfinite"}
+_LOOKED_UP: Final = 2000  # ends of branches at once, so that looking them up holds nobody up
 _TOGETHER: Final = 64 * 1024  # values, so that many metrics do not make one settling long
 
 
@@ -100,6 +101,16 @@ class MetricStore:
         if parent is None:
             parent = max((number for number in self._branches if number < incarnation), default=None)
         self._branches[incarnation] = Branch(incarnation=incarnation, after_step=after_step, parent=parent)
+        if parent is not None and len(self._metrics) <= _LOOKED_UP:
+            self._settle()
+            self._remember(parent, after_step)
+
+    def _remember(self, incarnation: int, cut: int | None) -> None:
+        """Look up where a branch ends while its last values are still at hand."""
+        if cut is not None:
+            for metric in self._metrics.values():
+                if incarnation in metric.tracks:
+                    metric.tracks[incarnation].remember(cut)
 
     def add(self, rows: Rows, seq: int = 0, epoch: int = 0) -> None:
         """Take the metrics of consecutive steps. With the number of their envelope they can be sealed later."""
@@ -174,11 +185,10 @@ class MetricStore:
     def save(self) -> SavedMetrics:
         """Everything, to be restored later."""
         self._settle()
-        for incarnation, cut in self.live_branch():
-            if cut is not None:
-                for metric in self._metrics.values():
-                    if incarnation in metric.tracks:
-                        metric.tracks[incarnation].remember(cut)
+        chain = self.live_branch()
+        if len(chain) * len(self._metrics) <= _LOOKED_UP:
+            for incarnation, cut in chain:
+                self._remember(incarnation, cut)
         return SavedMetrics(
             names=list(self._metrics),
             last={name: metric.last for name, metric in self._metrics.items() if metric.last is not None},
