@@ -120,7 +120,7 @@ class Doors:
 class Kept:
     """In place of the journal's keeper, and of the hub's claim to write: always there."""
 
-    def append(self, encoded: bytes, stream: str, seq: int, link: int) -> None:
+    def append(self, encoded: bytes, stream: str, seq: int, link: int, attempt: int) -> None:
         """The doors kept it already."""
 
     def held(self) -> bool:

@@ -2,6 +2,8 @@
 
 import errno
 import tempfile
+import tracemalloc
+import zlib
 from pathlib import Path
 
 import msgspec
@@ -236,3 +238,43 @@ def test_a_full_disk_that_still_makes_files_gives_out_numbers(tmp_path: Path, mo
 
     monkeypatch.setattr("trainctl.wire.rundir.json.dump", full)
     assert [run.allocate("epoch"), run.allocate("epoch")] == [1, 2], "the name is the number"
+
+
+@pytest.mark.parametrize("field", ["seqs", "links", "steps", "times", "envelopes", "rows", "data", "count", "others"])
+def test_a_block_that_claims_to_be_gigabytes_is_told_and_never_inflated(tmp_path: Path, field: str) -> None:
+    recording = Recording(tmp_path)
+    recording.train(0, 5)
+    recording.pack(all_of_it=True)
+    bomb = zlib.compress(bytes(64 * 1024 * 1024), 9)
+    integers = b"q" + bytes(8) + bomb
+    victim = packed_file(recording.run.journal, 1)
+    good = next(frames.segment_frames(recording.run.journal, 1)).payload
+    block = packing.decode_packed(good)
+    assert isinstance(block, packing.PackedRows)
+    made: packing.Packed
+    match field:
+        case "others":
+            made = packing.PackedEnvelopes(data=bomb)
+        case "data":
+            made = msgspec.structs.replace(
+                block, columns=[msgspec.structs.replace(block.columns[0], data=bomb, deflated=True)]
+            )
+        case "rows":
+            made = msgspec.structs.replace(block, columns=[msgspec.structs.replace(block.columns[0], rows=integers)])
+        case "count":
+            made = msgspec.structs.replace(block, count=2**40, steps=integers)
+        case _:
+            made = msgspec.structs.replace(block, **{field: b"t" + integers if field == "times" else integers})
+    payload = msgspec.msgpack.encode(made)
+    assert len(payload) < frames.FRAME_LIMIT
+    victim.write_bytes(frames.PACKED_HEADER + frames.frame(payload) + frames.frame(good))
+    tracemalloc.start()
+    try:
+        record = load_record(tmp_path)
+        found = steps_of(record)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 32 * 1024 * 1024
+    assert found == list(range(1, 501)), "the block behind it is read"
+    assert "cannot read" in said(record)

@@ -166,3 +166,16 @@ def test_a_metric_that_turns_to_float64_stays_exact() -> None:
     store.add(rows([2], [0.1]))
     store.add(rows([3], [0.25]))
     assert store.query("loss")["value"].tolist() == [0.5, 0.1, 0.25]
+
+
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
+def test_what_stays_in_memory_of_a_value_is_a_quarter_of_a_byte(dtype: str) -> None:
+    store, random = MetricStore(), np.random.default_rng(1)
+    for first in range(0, 200_000, 10_000):
+        steps = list(range(first + 1, first + 10_001))
+        data = random.normal(size=10_000).astype(f"<{dtype}").tobytes()
+        column = Column(name="loss", dtype=dtype, data=data)  # type: ignore[arg-type]
+        store.add(Rows(attempt=1, incarnation=1, steps=steps, times=[float(step) for step in steps], columns=[column]))
+    (track,) = store.save().tracks
+    kept = sum(len(column.data) for level in track.levels for column in level.values())
+    assert kept / 200_000 < (0.24 if dtype == "f4" else 0.30)

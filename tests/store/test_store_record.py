@@ -6,8 +6,9 @@ import msgspec
 import numpy as np
 import pytest
 
+from trainctl.store.history import HISTORY_BYTES
 from trainctl.store.journal import JournalWriter
-from trainctl.store.record import HISTORY_BYTES, RunRecord
+from trainctl.store.record import RunRecord
 from trainctl.store.replay import NoRecord, load_record
 from trainctl.wire import codec
 from trainctl.wire.events import kind_of

@@ -1,11 +1,9 @@
 """Packed rows, read: metric by metric, as they are asked for."""
 
-import zlib
-
 import numpy as np
 from numpy.typing import NDArray
 
-from trainctl.store.numbers import unpack_integers, unpack_times, unshuffle
+from trainctl.store.numbers import inflate, unpack_integers, unpack_times, unshuffle
 from trainctl.store.packing import PackedRows
 
 
@@ -26,28 +24,28 @@ class Block:
     @property
     def seqs(self) -> NDArray[np.int64]:
         """The numbers of the joined envelopes."""
-        return unpack_integers(self.packed.seqs)
+        return unpack_integers(self.packed.seqs, self.packed.count)
 
     @property
     def links(self) -> NDArray[np.int64]:
         """What rank 0 numbered them with, 0 where it did not."""
-        return unpack_integers(self.packed.links)
+        return unpack_integers(self.packed.links, self.packed.count)
 
     @property
     def widths(self) -> NDArray[np.int64]:
         """How many rows each of the joined envelopes had."""
-        return unpack_integers(self.packed.envelopes)
+        return unpack_integers(self.packed.envelopes, self.packed.count)
 
     @property
     def steps(self) -> NDArray[np.int64]:
         if self._steps is None:
-            self._steps = unpack_integers(self.packed.steps)
+            self._steps = unpack_integers(self.packed.steps, self.packed.count)
         return self._steps
 
     @property
     def times(self) -> NDArray[np.float64]:
         if self._times is None:
-            self._times = unpack_times(self.packed.times)
+            self._times = unpack_times(self.packed.times, self.packed.count)
         return self._times
 
     def kinds(self) -> list[tuple[str, ...]]:
@@ -67,7 +65,7 @@ class Block:
         column = self._columns[name]
         if column.like is not None:
             column = self._originals[column.like]
-        return unpack_integers(column.rows) if column.rows else None
+        return unpack_integers(column.rows, self.packed.count) if column.rows else None
 
     def metric(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.generic]]:
         """(steps, times, values) of one metric. Raises KeyError, and ValueError or zlib.error for decayed bytes."""
@@ -77,9 +75,11 @@ class Block:
             column = self._originals[column.like]
         dtype = np.dtype(f"<{column.dtype}")
         values = (
-            unshuffle(zlib.decompress(column.data), dtype) if column.deflated else np.frombuffer(column.data, dtype)
+            unshuffle(inflate(column.data, self.packed.count * dtype.itemsize), dtype)
+            if column.deflated
+            else np.frombuffer(column.data, dtype)
         )
         if column.rows:
-            rows = unpack_integers(column.rows)
+            rows = unpack_integers(column.rows, self.packed.count)
             steps, times = steps[rows], times[rows]
         return steps, times, values

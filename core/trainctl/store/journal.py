@@ -6,7 +6,9 @@ journal is opened for writing, and passed over when it is only read. Either way 
 """
 
 import contextlib
+import errno
 import os
+import threading
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
@@ -170,6 +172,7 @@ class JournalWriter:
         self._fd = -1
         self._offset = 0
         self._full: deque[int] = deque()  # descriptors of full segments, until they are synced
+        self._syncing = threading.Lock()
         self._begin_segment()
 
     def append(self, encoded: bytes, stream: str, seq: int) -> None:
@@ -182,15 +185,18 @@ class JournalWriter:
         self._offset += len(framed)
 
     def sync(self) -> None:
-        """Put everything appended so far on disk. May run in another thread than `append`."""
-        handle = os.dup(self._fd)  # the writer may be closed meanwhile
-        try:
-            while self._full:
-                os.fsync(self._full[0])
-                os.close(self._full.popleft())
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        """Put everything appended so far on disk. May run in another thread than `append` and `close`."""
+        with self._syncing:
+            if self._fd < 0:
+                raise OSError(errno.EBADF, "it was closed")
+            handle = os.dup(self._fd)  # the next segment may begin meanwhile
+            try:
+                while self._full:
+                    os.fsync(self._full[0])
+                    os.close(self._full.popleft())
+                os.fsync(handle)
+            finally:
+                os.close(handle)
 
     @property
     def segment(self) -> int:
@@ -203,15 +209,16 @@ class JournalWriter:
         return os.fstat(self._fd).st_nlink == 0
 
     def close(self) -> None:
-        """Sync and close; the writer is of no use afterwards."""
+        """Sync and close; the writer is of no use afterwards. Waits for a sync that another thread is at."""
         if self._fd >= 0:
             try:
                 self.sync()
             finally:
-                for handle in [*self._full, self._fd]:
-                    os.close(handle)
-                self._full.clear()
-                self._fd = -1
+                with self._syncing:
+                    for handle in [*self._full, self._fd]:
+                        os.close(handle)
+                    self._full.clear()
+                    self._fd = -1
 
     def _begin_segment(self) -> None:
         number = max(self._segment, *segments(self._directory), 0) + 1  # a hub after us may have taken the next

@@ -15,14 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainctl.store.blocks import Block
+from trainctl.store.chunks import BlockReader
 from trainctl.store.packing import Sealed, well_formed
 from trainctl.store.rollups import Columns, join
 from trainctl.store.saved import SavedBranch, SavedMetrics, load_track, save_track
-from trainctl.store.tracks import BlockReader, Track
+from trainctl.store.tracks import Track
 from trainctl.wire.messages import LastValue, Rows
 
 VALUE_COLUMNS: Final = ("step", "time", "value", "incarnation")
 ROLLUP_COLUMNS: Final = ("step", "time", "min", "max", "mean", "last", "count", "nonfinite", "incarnation")
+_INTEGERS: Final = {"step", "incarnation", "count", "nonfinite"}
+_LOOKED_UP: Final = 2000  # ends of branches at once, so that looking them up holds nobody up
 _TOGETHER: Final = 64 * 1024  # values, so that many metrics do not make one settling long
 
 
@@ -98,6 +101,16 @@ class MetricStore:
         if parent is None:
             parent = max((number for number in self._branches if number < incarnation), default=None)
         self._branches[incarnation] = Branch(incarnation=incarnation, after_step=after_step, parent=parent)
+        if parent is not None and len(self._metrics) <= _LOOKED_UP:
+            self._settle()
+            self._remember(parent, after_step)
+
+    def _remember(self, incarnation: int, cut: int | None) -> None:
+        """Look up where a branch ends while its last values are still at hand."""
+        if cut is not None:
+            for metric in self._metrics.values():
+                if incarnation in metric.tracks:
+                    metric.tracks[incarnation].remember(cut)
 
     def add(self, rows: Rows, seq: int = 0, epoch: int = 0) -> None:
         """Take the metrics of consecutive steps. With the number of their envelope they can be sealed later."""
@@ -117,6 +130,8 @@ class MetricStore:
         """Take packed rows. Those of envelopes up to number `known`, or that rank 0 numbered up to `linked`, were taken
         before."""
         skip, epoch, incarnation = 0, block.packed.epoch, block.packed.incarnation
+        # All of it is unpacked before any of it is taken: a block that turns out to be nonsense is taken not at all.
+        unpacked = [(name, block.rows(name), *block.metric(name)) for name in block.names]
         envelopes = zip(block.seqs.tolist(), block.links.tolist(), block.widths.tolist(), block.kinds(), strict=True)
         for seq, link, width, names in envelopes:
             if seq <= known or 0 < link <= linked:
@@ -127,9 +142,7 @@ class MetricStore:
             return
         self._settle()
         self.begin(incarnation, after_step=int(block.steps[skip]) - 1)
-        for name in block.names:
-            steps, times, values = block.metric(name)
-            rows = block.rows(name)
+        for name, rows, steps, times, values in unpacked:
             behind = skip if rows is None else int(np.searchsorted(rows, skip))
             if behind < len(steps):
                 self._extend(name, incarnation, steps[behind:], times[behind:], values[behind:])
@@ -172,6 +185,10 @@ class MetricStore:
     def save(self) -> SavedMetrics:
         """Everything, to be restored later."""
         self._settle()
+        chain = self.live_branch()
+        if len(chain) * len(self._metrics) <= _LOOKED_UP:
+            for incarnation, cut in chain:
+                self._remember(incarnation, cut)
         return SavedMetrics(
             names=list(self._metrics),
             last={name: metric.last for name, metric in self._metrics.items() if metric.last is not None},
@@ -287,25 +304,28 @@ class MetricStore:
                 columns = track.values(from_step, end)
                 parts.append(columns | {"incarnation": np.full(len(columns["step"]), number, "i8")})
             return join(parts) if parts else _empty(VALUE_COLUMNS)
-        sizes = [track.count_between(from_step, end) for _, track, end in spans]
-        for (number, track, end), size in zip(spans, sizes, strict=True):
-            if size:
-                share = max(1, round(points * size / sum(sizes)))
-                parts.append(_as_rollup(track.buckets(from_step, end, share), number))
-        return join(parts) if parts else _empty(ROLLUP_COLUMNS)
+        found = [(number, track, end, track.span(from_step, end)) for number, track, end in spans]
+        total = sum(span.size for *_, span in found)
+        incarnations: list[int] = []
+        for number, track, end, span in found:
+            if span.size:
+                share = max(1, round(points * span.size / total))
+                drawn = track.buckets(span, from_step, end, share)
+                parts += drawn
+                incarnations += [number] * sum(len(part["step"]) for part in drawn)
+        return _as_rollup(join(parts), incarnations) if parts else _empty(ROLLUP_COLUMNS)
 
 
-def _as_rollup(buckets: Columns, incarnation: int) -> Columns:
+def _as_rollup(buckets: Columns, incarnations: list[int]) -> Columns:
     finite = buckets["count"].astype("i8") - buckets["nonfinite"].astype("i8")
     with np.errstate(divide="ignore", invalid="ignore"):
         mean = np.where(finite > 0, buckets["sum"].astype("f8") / finite, np.nan)
     made = dict(buckets)
     del made["sum"]
     made["mean"] = mean
-    made["incarnation"] = np.full(len(mean), incarnation, "i8")
-    return {name: made[name] for name in ROLLUP_COLUMNS}
+    made["incarnation"] = np.array(incarnations, "i8")
+    return {name: made[name].astype("i8" if name in _INTEGERS else "f8", copy=False) for name in ROLLUP_COLUMNS}
 
 
 def _empty(names: tuple[str, ...]) -> Columns:
-    integers = {"step", "incarnation", "count", "nonfinite"}
-    return {name: np.empty(0, "i8" if name in integers else "f8") for name in names}
+    return {name: np.empty(0, "i8" if name in _INTEGERS else "f8") for name in names}

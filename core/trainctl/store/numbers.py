@@ -10,6 +10,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
+INTEGERS_LIMIT = 2**19  # rows in a block; no envelope within its limit has as many
 LEVEL = 1  # of zlib: noise does not shrink more for more time
 _TICKS_A_SECOND = 2.0**22
 
@@ -28,11 +29,12 @@ def pack_integers(values: NDArray[np.int64]) -> bytes:
     return head + zlib.compress(shuffle(deltas.astype(f"<{code}")), LEVEL)
 
 
-def unpack_integers(data: bytes) -> NDArray[np.int64]:
+def unpack_integers(data: bytes, limit: int = INTEGERS_LIMIT) -> NDArray[np.int64]:
+    """At most `limit` integers. Raises ValueError for more or for other bytes, and zlib.error."""
     if not data:
         return np.empty(0, "i8")
     dtype = np.dtype(f"<{chr(data[0])}")
-    deltas = unshuffle(zlib.decompress(data[9:]), dtype)
+    deltas = unshuffle(inflate(data[9:], limit * dtype.itemsize), dtype)
     values = np.empty(len(deltas) + 1, "i8")
     values[0] = int.from_bytes(data[1:9], "little", signed=True)
     np.cumsum(deltas, dtype="i8", out=values[1:])
@@ -47,9 +49,9 @@ def pack_times(times: NDArray[np.float64]) -> bytes:
     return b"t" + pack_integers(ticks) if exact else b"d" + times.astype("<f8").tobytes()
 
 
-def unpack_times(data: bytes) -> NDArray[np.float64]:
+def unpack_times(data: bytes, limit: int = INTEGERS_LIMIT) -> NDArray[np.float64]:
     if data[:1] == b"t":
-        return unpack_integers(data[1:]) / _TICKS_A_SECOND
+        return unpack_integers(data[1:], limit) / _TICKS_A_SECOND
     return np.frombuffer(data[1:], "<f8").astype("f8")
 
 
@@ -60,3 +62,17 @@ def shuffle(values: NDArray[np.generic]) -> bytes:
 def unshuffle(data: bytes, dtype: "np.dtype[np.generic]") -> NDArray[np.generic]:
     width = dtype.itemsize
     return np.frombuffer(data, "u1").reshape(width, len(data) // width).T.copy().view(dtype).reshape(-1)
+
+
+def inflate(data: bytes, limit: int) -> bytes:
+    """The inflated bytes, at most `limit`: whoever wrote a directory may have made few bytes claim to be gigabytes.
+
+    Raises ValueError where there are more, zlib.error for what was not deflated.
+    """
+    engine = zlib.decompressobj()
+    found = engine.decompress(data, limit + 1)
+    if len(found) > limit:
+        raise ValueError(f"a packed block holds more than {limit} bytes where it may not")
+    if not engine.eof:
+        raise zlib.error("deflated bytes end in their middle")
+    return found

@@ -8,9 +8,10 @@ How numbers are stored is in numbers.py; what does not shrink is stored as it is
 """
 
 import contextlib
+import errno
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainctl.store.frames import (
+    FRAME_LIMIT,
     PACKED_HEADER,
     Damage,
     frame,
@@ -28,7 +30,7 @@ from trainctl.store.frames import (
     segment_file,
     segment_frames,
 )
-from trainctl.store.numbers import LEVEL, pack_integers, pack_times, shuffle, unpack_integers
+from trainctl.store.numbers import LEVEL, inflate, pack_integers, pack_times, shuffle, unpack_integers
 from trainctl.wire import codec
 from trainctl.wire.messages import Column, Envelope, Message, RolledBack, Rows, StateChanged
 from trainctl.wire.rundir import fsync_dir
@@ -36,7 +38,12 @@ from trainctl.wire.rundir import fsync_dir
 ROWS_LIMIT = 4096
 _CELLS_LIMIT = 128 * 1024
 _OTHERS_BYTES = 256 * 1024
+_CLAIM_LIMIT = 2**21  # cells that a block can have at most: one envelope of many short values stays whole
 _STEP_LIMIT = 2**60
+
+
+class UnreadableSegment(OSError):
+    """The file system does not give the bytes of a segment. It may do so later."""
 
 
 class PackedColumn(Message, frozen=True, kw_only=True):
@@ -80,12 +87,21 @@ class PackedDamage(Message, frozen=True, kw_only=True, tag="damage"):
 
 
 Packed: TypeAlias = PackedRows | PackedEnvelopes | PackedDamage
-decode_packed = msgspec.msgpack.Decoder(Packed).decode
+_decode = msgspec.msgpack.Decoder(Packed).decode
 _decode_list = msgspec.msgpack.Decoder(list[bytes]).decode
 
 
+def decode_packed(payload: bytes) -> Packed:
+    """A frame of a packed segment. Raises msgspec.MsgspecError, for a block that claims too much as well."""
+    packed: Packed = _decode(payload)
+    if isinstance(packed, PackedRows) and not 0 < packed.count * max(1, len(packed.columns)) <= _CLAIM_LIMIT:
+        raise msgspec.ValidationError(f"a block of {packed.count} rows of {len(packed.columns)} metrics")
+    return packed
+
+
 def envelopes_of(packed: PackedEnvelopes) -> list[bytes]:
-    return _decode_list(zlib.decompress(packed.data))
+    """Raises msgspec.MsgspecError, ValueError or zlib.error for what nobody packed like this."""
+    return _decode_list(inflate(packed.data, 2 * FRAME_LIMIT))
 
 
 def well_formed(rows: Rows) -> list[Column]:
@@ -250,7 +266,19 @@ class Sealed:
 
 
 def pack_segment(directory: Path, number: int) -> list[Sealed]:
-    """Rewrite one full segment by columns and remove the recorded one. May run in a thread. Raises OSError.
+    """Rewrite one full segment by columns and remove the recorded one. May run in a thread. Raises OSError, and then
+    the recorded one stands: `UnreadableSegment` where the file system does not give all of its bytes."""
+    steps = packing_steps(directory, number)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            sealed: list[Sealed] = done.value
+            return sealed
+
+
+def packing_steps(directory: Path, number: int) -> Generator[None, None, list[Sealed]]:
+    """`pack_segment` a block at a time, for whoever has other work to do in between.
 
     The packed file is whole and on disk before the recorded one goes, so a crash leaves one of them, or both, of which
     readers take the packed one.
@@ -267,10 +295,11 @@ def pack_segment(directory: Path, number: int) -> list[Sealed]:
                     sealed.append(sealed_of(packed, number, offset))
                 file.write(frame(payload))
                 offset += frame_size(payload)
+                yield
             file.flush()
             os.fsync(file.fileno())
         partial.replace(target)
-    except OSError:
+    except BaseException:
         with contextlib.suppress(OSError):  # the reason to fail is the first error
             partial.unlink()
         raise
@@ -283,12 +312,12 @@ def sealed_of(packed: PackedRows, segment: int, offset: int) -> Sealed:
     counts: dict[str, int] = {}
     for column in packed.columns:
         like = column if column.like is None else _original(packed, column.like)
-        counts[column.name] = packed.count if not like.rows else len(unpack_integers(like.rows))
+        counts[column.name] = packed.count if not like.rows else len(unpack_integers(like.rows, packed.count))
     return Sealed(
         segment=segment,
         offset=offset,
         epoch=packed.epoch,
-        seqs=tuple(unpack_integers(packed.seqs).tolist()),
+        seqs=tuple(unpack_integers(packed.seqs, packed.count).tolist()),
         incarnation=packed.incarnation,
         counts=counts,
     )
@@ -304,10 +333,14 @@ def _packed(directory: Path, number: int) -> Iterator[Packed]:
         try:
             envelope = decode(found.payload)
         except codec.DecodeError:
-            yield from packer.keep(found.payload)  # whole by its checksum: a newer version may have written it
+            # Whole by its checksum: a newer version may have written it. For that one the order counts.
+            yield from packer.flush()
+            yield from packer.keep(found.payload)
             continue
         assert isinstance(envelope, Envelope)
         yield from packer.feed(envelope, found.payload)
     yield from packer.flush()
+    if unread := next((each for each in damage if each.why), None):
+        raise UnreadableSegment(errno.EIO, f"{unread}; it is left as it is")
     if damage:
         yield PackedDamage(damage=damage)

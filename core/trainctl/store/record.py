@@ -13,9 +13,10 @@ import numpy as np
 
 from trainctl.store.blocks import Block
 from trainctl.store.frames import Damage
+from trainctl.store.history import history
+from trainctl.store.links import LinkHeads
 from trainctl.store.metrics import MetricStore
 from trainctl.store.packing import Sealed
-from trainctl.store.rollups import Columns
 from trainctl.store.saved import SavedRun
 from trainctl.wire.commands import FINAL_COMMAND_STATES
 from trainctl.wire.events import kind_of
@@ -40,7 +41,6 @@ from trainctl.wire.messages import (
     Rows,
     RunInfo,
     RunState,
-    Series,
     Snapshot,
     SnapshotRequest,
     StateChanged,
@@ -49,9 +49,6 @@ from trainctl.wire.rundir import RunDir
 
 EVENTS_KEPT = 20_000
 SETTLED_COMMANDS_KEPT = 5_000
-HISTORY_BYTES = 900 * 1024
-_VALUE_BYTES = 4 * 8
-_ROLLUP_BYTES = 9 * 8
 
 
 class RunRecord:
@@ -76,7 +73,7 @@ class RunRecord:
         self.commands: dict[str, CommandUpdate] = {}
         self.damage = list[Damage]()
         self.last_time = info.started
-        self._links: dict[int, int] = {}
+        self._links = LinkHeads()
         self._checkpoint_incarnations: dict[str, int] = {}
         self._settled: deque[str] = deque()
         self._directory = Path(info.dir)
@@ -93,11 +90,10 @@ class RunRecord:
         if (envelope.epoch, envelope.seq) <= (epoch, self.heads.get(envelope.stream, 0)):
             return
         self.heads[envelope.stream], self.epochs[envelope.stream] = envelope.seq, envelope.epoch
-        if envelope.link and envelope.link <= self.link_have(envelope.attempt):
+        if self._links.repeats(envelope.attempt, envelope.stream, envelope.link):
             return
         self.last_time = max(self.last_time, envelope.time)
-        if envelope.link:
-            self._links[envelope.attempt] = max(envelope.link, self.link_have(envelope.attempt))
+        self._links.note(envelope.attempt, envelope.stream, envelope.link)
         match envelope.body:
             case Rows() as rows:
                 self._apply_rows(rows, envelope)
@@ -112,14 +108,13 @@ class RunRecord:
         """Take packed rows; what was taken before is skipped."""
         packed, known, epoch = block.packed, self.heads.get("metrics", 0), self.epochs.get("metrics", 0)
         newest = known if packed.epoch == epoch else 0 if packed.epoch > epoch else place.last
-        self.metrics.add_block(block, newest, self.link_have(packed.attempt))
+        self.metrics.add_block(block, newest, self._links.head(packed.attempt, "metrics"))
         self.metrics.seal(place)
         if place.last <= newest:
             return
         self.heads["metrics"], self.epochs["metrics"] = place.last, packed.epoch
         self.last_time = max(self.last_time, packed.time)
-        if packed.link:
-            self._links[packed.attempt] = max(packed.link, self.link_have(packed.attempt))
+        self._links.note(packed.attempt, "metrics", packed.link)
         lr: dict[str, float] = {
             name: float(values[-1])
             for name in ("lr", "lr_scheduled")
@@ -143,7 +138,7 @@ class RunRecord:
             heads=dict(self.heads),
             epochs=dict(self.epochs),
             last_time=self.last_time,
-            links=dict(self._links),
+            links=self._links.saved(),
             ranks=dict(self.ranks),
             nodes=dict(self.nodes),
             events=list(self.events),
@@ -159,7 +154,7 @@ class RunRecord:
         self.state, self.last_time = saved.state, saved.last_time
         self.heads |= saved.heads
         self.epochs |= saved.epochs
-        self._links, self.ranks, self.nodes = dict(saved.links), dict(saved.ranks), dict(saved.nodes)
+        self._links, self.ranks, self.nodes = LinkHeads(saved.links), dict(saved.ranks), dict(saved.nodes)
         self.events.extend(saved.events)
         self.commands = {update.id: update for update in saved.commands}
         self._settled = deque(saved.settled)
@@ -237,7 +232,7 @@ class RunRecord:
 
     def link_have(self, attempt: int) -> int:
         """The newest number of rank 0's own counting that is recorded of an attempt, 0 if none is."""
-        return self._links.get(attempt, 0)
+        return self._links.have(attempt)
 
     @property
     def pending(self) -> list[CommandUpdate]:
@@ -275,22 +270,7 @@ class RunRecord:
 
     def history(self, request: HistoryRequest) -> History:
         """Values or rollups of metrics, cut where the answer would pass the size limit."""
-        points = request.points
-        if points is not None:
-            points = max(1, min(points, HISTORY_BYTES // _ROLLUP_BYTES // max(1, len(request.metrics)) - 8))
-        found = {
-            name: self.metrics.query(
-                name,
-                from_step=request.from_step,
-                to_step=request.to_step,
-                points=points,
-                incarnation=request.incarnation,
-            )
-            for name in dict.fromkeys(request.metrics)
-        }
-        next_step = _cut(found) if points is None else None
-        series = [Series(name=name, columns=_encoded(columns)) for name, columns in found.items()]
-        return History(req=request.req, series=series, next_step=next_step)
+        return history(self.metrics, request)
 
     def events_matching(self, request: EventsRequest) -> list[Event]:
         """The newest `limit` events that match, oldest first."""
@@ -316,25 +296,3 @@ def _last_lr(rows: Rows) -> dict[str, float]:
 
 def _newest(events: "deque[Event]", limit: int) -> list[Event]:
     return list(islice(reversed(events), max(0, limit)))[::-1]
-
-
-def _encoded(columns: Columns) -> dict[str, bytes]:
-    return {
-        name: column.astype("<i8" if column.dtype.kind == "i" else "<f8").tobytes() for name, column in columns.items()
-    }
-
-
-def _cut(found: dict[str, Columns]) -> int | None:
-    """Shorten value columns in place to what fits one answer; return the step to ask from next."""
-    limit = HISTORY_BYTES // _VALUE_BYTES
-    steps = np.concatenate([columns["step"] for columns in found.values()] or [np.empty(0, "i8")])
-    if len(steps) <= limit:
-        return None
-    steps.sort()
-    next_step = int(steps[limit])
-    if next_step == int(steps[0]):
-        next_step += 1  # more values at one step than fit: send them all rather than never get on
-    for name, columns in found.items():
-        kept = columns["step"].astype("i8") < next_step
-        found[name] = {column: values[kept] for column, values in columns.items()}
-    return next_step if next_step <= int(steps[-1]) else None

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 Columns: TypeAlias = dict[str, NDArray[np.generic]]
 
-_DTYPES: Final = {
+# What a bucket is, in this order wherever order counts.
+BUCKET: Final = {
     "step": "i8",
     "time": "f8",
     "min": "f8",
@@ -66,13 +67,17 @@ class Growing:
             self._start, self._end = 0, len(kept)
 
 
+# As levels are kept, for they are what stays in memory: 44 bytes a bucket as long as values are float32, 56 otherwise.
+_KEPT: Final = BUCKET | {"min": "f4", "max": "f4", "last": "f4", "count": "i4", "nonfinite": "i4"}
+
+
 class Level:
     """Complete buckets of `width` values each."""
 
     def __init__(self, width: int, columns: Columns | None = None) -> None:
         self.width = width
         self.columns = {
-            name: Growing(dtype, None if columns is None else columns[name]) for name, dtype in _DTYPES.items()
+            name: Growing(dtype, None if columns is None else columns[name]) for name, dtype in _KEPT.items()
         }
 
     @property
@@ -81,10 +86,20 @@ class Level:
 
     def extend(self, buckets: Columns) -> None:
         for name, column in self.columns.items():
-            column.extend(buckets[name])
+            column.extend(_narrowed(buckets[name], _KEPT[name]))
 
     def slice(self, first: int, last: int) -> Columns:
         return {name: column.view[first:last] for name, column in self.columns.items()}
+
+
+def _narrowed(column: NDArray[np.generic], dtype: str) -> NDArray[np.generic]:
+    """The column in a narrower type where that loses nothing, else as it is."""
+    if column.dtype == dtype:
+        return column
+    with np.errstate(over="ignore", invalid="ignore"):
+        narrow: NDArray[np.generic] = column.astype(dtype)
+    same = np.array_equal(narrow, column, equal_nan=narrow.dtype.kind == "f")
+    return narrow if same else column
 
 
 def ones(step: NDArray[np.generic], time: NDArray[np.generic], value: NDArray[np.generic]) -> Columns:
@@ -113,8 +128,20 @@ def group(buckets: Columns, size: int) -> Columns:
     count = len(buckets["step"])
     if size <= 1 or count == 0:
         return buckets
-    starts = np.arange(0, count, size)
-    ends = np.minimum(starts + size, count) - 1
+    return merge_at(buckets, np.arange(0, count, size))
+
+
+def group_by_count(buckets: Columns, values: int) -> Columns:
+    """Merge neighbouring buckets of any widths into such of about `values` values, one that has more stays alone."""
+    if not len(buckets["step"]):
+        return buckets
+    number = (np.cumsum(buckets["count"].astype("i8")) - 1) // values
+    return merge_at(buckets, np.concatenate([[0], np.flatnonzero(np.diff(number)) + 1]))
+
+
+def merge_at(buckets: Columns, starts: NDArray[np.int64]) -> Columns:
+    """Merge buckets into one from each of `starts` on up to the next."""
+    ends = np.append(starts[1:], len(buckets["step"])) - 1
     with np.errstate(over="ignore", invalid="ignore"):  # values near the largest double: their mean is no number
         total = np.add.reduceat(buckets["sum"], starts)
     # fmin and fmax pass NaN over unless there is nothing else
@@ -125,6 +152,6 @@ def group(buckets: Columns, size: int) -> Columns:
         "max": np.fmax.reduceat(buckets["max"], starts),
         "sum": total,
         "last": buckets["last"][ends],
-        "count": np.add.reduceat(buckets["count"], starts),
-        "nonfinite": np.add.reduceat(buckets["nonfinite"], starts),
+        "count": np.add.reduceat(buckets["count"], starts, dtype="i8"),
+        "nonfinite": np.add.reduceat(buckets["nonfinite"], starts, dtype="i8"),
     }

@@ -16,21 +16,24 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
+from trainctl.store.bounds import Bounds
+from trainctl.store.chunks import BlockReader, Chunks
+from trainctl.store.edges import Edges
 from trainctl.store.frames import Damage, packed_file
 from trainctl.store.rollups import Columns, Level
-from trainctl.store.tracks import BASE, FAN, BlockReader, Chunks, Track
-from trainctl.wire.messages import CommandUpdate, Event, LastValue, Message, NodeReading, RankFigures, RunState
+from trainctl.store.tracks import BASE, FAN, Track
+from trainctl.wire.messages import CommandUpdate, Event, LastValue, Message, NodeReading, RankFigures, RunState, Stream
 from trainctl.wire.rundir import write_atomic
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2  # 1 left out rows that packing had put behind events, and may lack them
 _HEADER = struct.Struct("<4sII")
 _MAGIC = b"TCI\0"
 
 
 class SavedColumn(Message, frozen=True, kw_only=True):
-    dtype: Literal["<i8", "<f8", "<f4"]
+    dtype: Literal["<i8", "<i4", "<f8", "<f4"]
     data: bytes
 
 
@@ -40,8 +43,10 @@ SavedColumns = dict[str, SavedColumn]
 class SavedTrack(Message, frozen=True, kw_only=True):
     name: str
     incarnation: int
-    sorted: bool
+    first_step: int
     last_step: int
+    bounds: SavedColumns | None  # of a track whose steps went back
+    edges: SavedColumns
     chunks: SavedColumns
     kept: list[SavedColumns]
     levels: list[SavedColumns]
@@ -76,7 +81,7 @@ class SavedRun(Message, frozen=True, kw_only=True):
     heads: dict[str, int]
     epochs: dict[str, int]
     last_time: float
-    links: dict[int, int]
+    links: list[tuple[int, Stream, int]]  # (attempt, stream, newest number)
     ranks: dict[int, RankFigures]
     nodes: dict[str, NodeReading]
     events: list[Event]
@@ -134,7 +139,7 @@ def save_columns(columns: Columns) -> SavedColumns:
 
 def _save(column: NDArray[np.generic]) -> SavedColumn:
     little = column.astype(column.dtype.newbyteorder("<"), copy=False)
-    kinds: dict[str, Literal["<i8", "<f8", "<f4"]] = {"i8": "<i8", "f8": "<f8", "f4": "<f4"}
+    kinds: dict[str, Literal["<i8", "<i4", "<f8", "<f4"]] = {"i8": "<i8", "i4": "<i4", "f8": "<f8", "f4": "<f4"}
     return SavedColumn(dtype=kinds[little.dtype.kind + str(little.dtype.itemsize)], data=little.tobytes())
 
 
@@ -146,8 +151,10 @@ def save_track(track: Track, incarnation: int) -> SavedTrack:
     return SavedTrack(
         name=track.name,
         incarnation=incarnation,
-        sorted=track.sorted,
+        first_step=track.first_step,
         last_step=track.last_step,
+        bounds=None if track.bounds is None else save_columns(track.bounds.saved()),
+        edges=save_columns(track.edges.saved()),
         chunks=save_columns(track.chunks.saved()),
         kept=[save_columns(columns) for columns in track.chunks.kept],
         levels=[save_columns(level.slice(0, level.size)) for level in track.levels],
@@ -159,11 +166,13 @@ def save_track(track: Track, incarnation: int) -> SavedTrack:
 def load_track(saved: SavedTrack, reader: BlockReader) -> Track:
     track = Track(saved.name, reader)
     track.restore(
-        is_sorted=saved.sorted,
+        bounds=None if saved.bounds is None else Bounds(load_columns(saved.bounds)),
+        edges=Edges(load_columns(saved.edges)),
         chunks=Chunks(load_columns(saved.chunks), [load_columns(columns) for columns in saved.kept]),
         levels=[Level(BASE * FAN**at, load_columns(columns)) for at, columns in enumerate(saved.levels)],
         hot_start=saved.hot_start,
         hot=load_columns(saved.hot),
+        first_step=saved.first_step,
         last_step=saved.last_step,
     )
     return track

@@ -2,115 +2,43 @@
 
 Only buckets of 256 values and more are kept, a quarter of a byte for each value. What is finer is made from the values
 themselves when somebody asks: for the hot part at hand, for the sealed part from the packed segments.
+
+Steps grow, as a rule, and then a span of them is a span of rows. Where a script counted backwards, each bucket's lowest
+and highest step tells what to read (bounds.py). Such a chart is in the order of steps: exact where there are so few
+values that each is looked at, else in buckets of 256 put in the order of their last steps.
 """
 
 import math
-import zlib
 from bisect import bisect_right
-from collections import OrderedDict
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Final
 
-import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from trainctl.store.blocks import Block
-from trainctl.store.frames import read_packed
-from trainctl.store.packing import PackedRows, decode_packed
-from trainctl.store.rollups import Columns, Growing, Level, group, join, ones
+from trainctl.store.bounds import Bounds, stretches
+from trainctl.store.chunks import BlockReader, Chunks
+from trainctl.store.edges import Edges
+from trainctl.store.rollups import Columns, Growing, Level, group, group_by_count, join, ones
 
 BASE: Final = 256
 FAN: Final = 4
-_CACHED_BYTES = 48 * 1024 * 1024
+_FEW: Final = 16  # buckets: what is drawn of one of many branches, small enough to be remembered
 # A level that is a little too coarse is taken rather than values read: a fifth fewer buckets than were asked for.
 _COARSER: Final = 1.25
 
 
-class BlockReader:
-    """Reads packed rows at their places in a journal, and keeps those that were read last."""
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """What of a track is between two steps: `size` values, rows `first` to `end`, or of a track whose steps went back
+    the `whole` buckets and `singles` beside them, with their row numbers."""
 
-    def __init__(self, directory: Path | None) -> None:
-        self._directory = directory
-        self._blocks: OrderedDict[tuple[int, int], Block | None] = OrderedDict()
-        self._columns: OrderedDict[tuple[int, int, str], Columns] = OrderedDict()
-        self._bytes = 0
-        self.unreadable: set[tuple[int, int]] = set()
-
-    def metric(self, segment: int, offset: int, name: str) -> Columns | None:
-        """`step`, `time` and `value` of one metric in one block, or None where it decayed."""
-        key = (segment, offset, name)
-        found = self._columns.get(key)
-        if found is not None:
-            self._columns.move_to_end(key)
-            return found
-        block = self._block(segment, offset)
-        if block is None:
-            return None
-        try:
-            steps, times, values = block.metric(name)
-        except (KeyError, ValueError, zlib.error):
-            self.unreadable.add((segment, offset))
-            return None
-        found = {"step": steps, "time": times, "value": values}
-        self._columns[key] = found
-        self._bytes += sum(column.nbytes for column in found.values())
-        while self._bytes > _CACHED_BYTES:
-            _, oldest = self._columns.popitem(last=False)
-            self._bytes -= sum(column.nbytes for column in oldest.values())
-        return found
-
-    def _block(self, segment: int, offset: int) -> Block | None:
-        place = (segment, offset)
-        if place in self._blocks:
-            self._blocks.move_to_end(place)
-            return self._blocks[place]
-        payload = read_packed(self._directory, segment, offset) if self._directory is not None else None
-        block = None
-        if payload is not None:
-            try:
-                packed = decode_packed(payload)
-                block = Block(packed) if isinstance(packed, PackedRows) else None
-            except msgspec.MsgspecError:
-                block = None
-        if block is None:
-            self.unreadable.add(place)
-        self._blocks[place] = block
-        if len(self._blocks) > 64:
-            self._blocks.popitem(last=False)
-        return block
-
-
-class Chunks:
-    """Where the values of a track are that are not hot: parallel columns, one entry a block.
-
-    A place is (segment, offset), or (0, n) for the n-th of those `kept` in memory because no block holds just them.
-    """
-
-    def __init__(self, saved: Columns | None = None, kept: list[Columns] | None = None) -> None:
-        self.starts: list[int] = saved["start"].tolist() if saved is not None else []
-        self.places: list[tuple[int, int]] = (
-            list(zip(saved["segment"].tolist(), saved["offset"].tolist(), strict=True)) if saved is not None else []
-        )
-        self.size = int(saved["size"][0]) if saved is not None else 0
-        self.kept: list[Columns] = kept or []
-
-    def append(self, count: int, segment: int, offset: int) -> None:
-        self.starts.append(self.size)
-        self.places.append((segment, offset))
-        self.size += count
-
-    def keep(self, columns: Columns) -> None:
-        self.kept.append({name: column.copy() for name, column in columns.items()})
-        self.append(len(columns["step"]), 0, len(self.kept) - 1)
-
-    def saved(self) -> Columns:
-        return {
-            "start": np.array(self.starts, "<i8"),
-            "segment": np.array([segment for segment, _ in self.places], "<i8"),
-            "offset": np.array([offset for _, offset in self.places], "<i8"),
-            "size": np.array([self.size], "<i8"),
-        }
+    size: int
+    first: int
+    end: int
+    certain: bool = True  # whether every row that had to be looked at could be read
+    whole: NDArray[np.bool_] | None = None
+    singles: Columns | None = None
 
 
 class Track:
@@ -119,13 +47,15 @@ class Track:
 
     def __init__(self, name: str, reader: BlockReader) -> None:
         self.name = name
-        self.sorted = True
+        self.bounds: Bounds | None = None  # once a step went back
+        self.edges = Edges()
         self.chunks = Chunks()
         self.levels: list[Level] = []
         self.hot = {"step": Growing("i8"), "time": Growing("f8"), "value": Growing("f4")}
         self.hot_start = 0  # row number of the first hot value
         self._reader = reader
-        self._last_step: int | None = None
+        self.first_step = 0
+        self.last_step = 0
 
     @property
     def size(self) -> int:
@@ -138,7 +68,9 @@ class Track:
     def restore(
         self,
         *,
-        is_sorted: bool,
+        bounds: Bounds | None,
+        edges: Edges,
+        first_step: int,
         last_step: int,
         chunks: Chunks,
         levels: list[Level],
@@ -146,21 +78,24 @@ class Track:
         hot: Columns,
     ) -> None:
         """Be again what was saved."""
-        self.sorted, self.chunks, self.levels, self._last_step = is_sorted, chunks, levels, last_step
-        self.hot_start = hot_start
+        self.bounds, self.edges, self.chunks, self.levels = bounds, edges, chunks, levels
+        self.first_step, self.last_step, self.hot_start = first_step, last_step, hot_start
         self.hot = {name: Growing(column.dtype.str, column) for name, column in hot.items()}
 
     @property
-    def last_step(self) -> int:
-        return self._last_step if self._last_step is not None else 0
+    def sorted(self) -> bool:
+        """Whether no step went back so far."""
+        return self.bounds is None
 
     def add(self, steps: NDArray[np.int64], times: NDArray[np.float64], values: NDArray[np.generic]) -> None:
         if not len(steps):
             return
-        if self.sorted:
-            before = int(steps[0]) if self._last_step is None else self._last_step
-            self.sorted = bool(steps[0] >= before and np.all(steps[1:] >= steps[:-1]))
-        self._last_step = int(steps[-1])
+        if not self.size:
+            self.first_step = self.last_step = int(steps[0])
+        if self.bounds is None and not (steps[0] >= self.last_step and np.all(steps[1:] >= steps[:-1])):
+            ends = self.levels[0].columns["step"].view if self.levels else steps[:0]
+            self.bounds, self.edges = Bounds.of_sorted(self.first_step, ends), Edges()
+        self.last_step = int(steps[-1])
         for name, column in zip(("step", "time", "value"), (steps, times, values), strict=True):
             self.hot[name].extend(column)
         self._build()
@@ -197,7 +132,11 @@ class Track:
             if complete == have:
                 return  # a level above cannot have grown either
             if at == 0:
-                target.extend(group(self.ones(have * width, complete * width), BASE))
+                singles = self.ones(have * width, complete * width)
+                target.extend(group(singles, BASE))
+                if self.bounds is not None:
+                    steps = singles["step"].astype("i8").reshape(-1, BASE)
+                    self.bounds.extend(steps.min(axis=1), steps.max(axis=1))
             else:
                 target.extend(group(self.levels[at - 1].slice(have * FAN, complete * FAN), FAN))
             at += 1
@@ -229,31 +168,70 @@ class Track:
         found = self.rows(first, last)
         return ones(found["step"], found["time"], found["value"])
 
-    def span(self, from_step: int | None, to_step: int | None) -> tuple[int, int]:
-        """Rows of a sorted track between two steps, both included."""
-        first = 0 if from_step is None else self._search(from_step, "left")
-        last = self.size if to_step is None else self._search(to_step, "right")
-        return first, max(first, last)
+    def span(self, from_step: int | None, to_step: int | None) -> Span:
+        """What is between two steps, both included."""
+        if self.bounds is not None:
+            return self._scattered(self.bounds, from_step, to_step)
+        first, low_certain = self._search(from_step, right=False)
+        end, high_certain = self._search(to_step, right=True)
+        end = max(first, end)
+        certain = low_certain and high_certain
+        size = end - first if certain else len(self._between(from_step, to_step, self.rows(first, end))["step"])
+        return Span(size=size, first=first, end=end, certain=certain)
 
-    def _search(self, step: int, side: str) -> int:
-        """Where `step` would be put among the steps: the bucket first, then the rows within it."""
+    def _search(self, step: int | None, *, right: bool) -> tuple[int, bool]:
+        """Where `step` would be put among the steps, and whether that is certain: the bucket first, then the rows
+        within it, unless some of them decayed; then too many rows rather than too few."""
+        if step is None:
+            return (self.size if right else 0), True
+        if not self.size or (step < self.first_step if right else step <= self.first_step):
+            return 0, True
+        if step >= self.last_step if right else step > self.last_step:
+            return self.size, True
+        if (known := self.edges.row(step, right=right)) is not None:
+            return known, True
         low, high = 0, self.size
         if self.levels:
             ends = self.levels[0].columns["step"].view
-            bucket = int(np.searchsorted(ends, step, side))  # type: ignore[call-overload]
+            bucket = int(np.searchsorted(ends, step, "right" if right else "left"))
             low, high = bucket * BASE, min((bucket + 1) * BASE, self.size)
             if bucket == len(ends):
                 high = self.size
         steps = self.rows(low, high)["step"]
         if len(steps) < high - low:
-            return low if side == "left" else high  # some decayed: too many rows rather than too few
-        return low + int(np.searchsorted(steps, step, side))  # type: ignore[call-overload]
+            return (high if right else low), False
+        row = low + int(np.searchsorted(steps, step, "right" if right else "left"))
+        self.edges.found(step, row, right=right)
+        return row, True
+
+    def _scattered(self, bounds: Bounds, from_step: int | None, to_step: int | None) -> Span:
+        whole, some = bounds.between(from_step, to_step)
+        singles = self._singles(some, from_step, to_step)
+        size = int(np.count_nonzero(whole)) * BASE + len(singles["step"])
+        return Span(size=size, first=0, end=self.size, whole=whole, singles=singles)
+
+    def _singles(self, chosen: NDArray[np.bool_], from_step: int | None, to_step: int | None) -> Columns:
+        """The rows between two steps in the chosen buckets and behind the last bucket, in the order they came in."""
+        built = len(chosen) * BASE
+        spans = [(first * BASE, end * BASE) for first, end in stretches(chosen)] + [(built, self.size)]
+        parts: list[Columns] = []
+        for first, end in spans:
+            found = self.rows(first, end)
+            # Rows that decayed leave a gap, and the numbers of those behind it a little too low.
+            parts.append(found | {"row": np.arange(first, first + len(found["step"]))})
+        return self._between(from_step, to_step, join(parts))
 
     def values(self, from_step: int | None, to_step: int | None) -> Columns:
-        first, last = self.span(from_step, to_step) if self.sorted else (0, self.size)
-        rows = self.rows(first, last)
-        if not self.sorted or len(rows["step"]) < last - first:
-            rows = self._between(from_step, to_step, rows)
+        """`step`, `time` and `value` between two steps, in the order in which they came."""
+        if self.bounds is not None:
+            whole, some = self.bounds.between(from_step, to_step)
+            rows = self._singles(whole | some, from_step, to_step)
+            del rows["row"]
+        else:
+            span = self.span(from_step, to_step)
+            rows = self.rows(span.first, span.end)
+            if not span.certain or len(rows["step"]) < span.size:
+                rows = self._between(from_step, to_step, rows)
         return rows | {"value": rows["value"].astype("f8")}
 
     def _between(self, from_step: int | None, to_step: int | None, found: Columns) -> Columns:
@@ -266,60 +244,89 @@ class Track:
             mask &= steps <= to_step
         return {name: column[mask] for name, column in found.items()}
 
-    def count_between(self, from_step: int | None, to_step: int | None) -> int:
-        if self.sorted:
-            first, last = self.span(from_step, to_step)
-            return last - first
-        return len(self._between(from_step, to_step, self.rows(0, self.size))["step"])
+    def buckets(self, span: Span, from_step: int | None, to_step: int | None, points: int) -> list[Columns]:
+        """About `points` buckets (never more than `points` + 2) of what `span` found between these two steps, in
+        parts: who asks many tracks joins them once."""
+        per_bucket = max(1, math.ceil(span.size / points))
+        if span.whole is not None and span.singles is not None:
+            return [self._in_order(span.whole, span.singles, from_step, to_step, per_bucket)]
+        if not span.certain:
+            found = self._between(from_step, to_step, self.rows(span.first, span.end))
+            return [group(ones(found["step"], found["time"], found["value"]), per_bucket)]
+        if points > _FEW:
+            return self._of_rows(span.first, span.end, per_bucket)
+        known = self.edges.drawn(span.first, span.end, per_bucket)
+        if known is None:
+            known = self._of_rows(span.first, span.end, per_bucket)
+            if sum(int(part["count"].sum()) for part in known) == span.size:  # no row of it decayed
+                known = [join(known)]
+                self.edges.draws(span.first, span.end, per_bucket, known)
+        return known
 
-    def buckets(self, from_step: int | None, to_step: int | None, points: int) -> Columns:
-        """About `points` buckets (never more than `points` + 2) of the values between two steps."""
-        first, last = self.span(from_step, to_step) if self.sorted else (0, self.size)
-        if not self.sorted or self._decayed_at_edges(first, last):
-            found = self._between(from_step, to_step, self.rows(first, last))
-            order = np.argsort(found["step"], kind="stable")
-            singles = ones(found["step"][order], found["time"][order], found["value"][order])
-            return group(singles, max(1, math.ceil(len(order) / points)))
-        per_bucket = math.ceil((last - first) / points) if last > first else 1
+    def _in_order(
+        self, whole: NDArray[np.bool_], singles: Columns, from_step: int | None, to_step: int | None, per_bucket: int
+    ) -> Columns:
+        """Buckets in the order of their steps, of a track whose steps did not come in that order."""
+        if per_bucket * _COARSER < BASE and np.any(whole):
+            _, some = self.bounds.between(from_step, to_step) if self.bounds is not None else (whole, ~whole)
+            singles = self._singles(whole | some, from_step, to_step)
+            whole = np.zeros(len(whole), bool)
+        rows, made = singles["row"], ones(singles["step"], singles["time"], singles["value"])
+        if np.any(whole):
+            complete = {name: column.view[: len(whole)][whole] for name, column in self.levels[0].columns.items()}
+            made = join([complete, made])
+            rows = np.concatenate([(np.flatnonzero(whole) + 1) * BASE - 1, rows])
+        order = np.lexsort((rows, made["step"]))
+        return group_by_count({name: column[order] for name, column in made.items()}, per_bucket)
+
+    def _of_rows(self, first: int, last: int, per_bucket: int) -> list[Columns]:
         fitting = sum(level.width <= per_bucket * _COARSER for level in self.levels)
         if not fitting:
-            return group(self.ones(first, last), per_bucket)
+            return [group(self.ones(first, last), per_bucket)]
         level = self.levels[fitting - 1]
         low, high = -(-first // level.width), min(last // level.width, level.size)
         if low >= high:
-            return self._merged(first, last, fitting - 1, None)  # less than two buckets of the level
-        parts = [
-            self._merged(first, low * level.width, fitting - 1, None),
+            return self._merged(first, last, fitting - 1)  # less than two buckets of the level
+        return [
+            *self._merged(first, low * level.width, fitting - 1),
             group(level.slice(low, high), -(-per_bucket // level.width)),
-            self._merged(high * level.width, last, fitting - 1, None),
+            *self._merged(high * level.width, last, fitting - 1),
         ]
-        return join(part for part in parts if len(part["step"]))
 
-    def _decayed_at_edges(self, first: int, last: int) -> bool:
-        """Whether the rows of the first or the last bucket cannot all be read: then their steps decide, not numbers."""
-        for low in {first - first % BASE, max(0, last - 1) - max(0, last - 1) % BASE}:
-            high = min(low + BASE, self.size)
-            if len(self.rows(low, high)["step"]) < high - low:
-                return True
-        return False
-
-    def _merged(self, first: int, last: int, at: int, size: int | None) -> Columns:
-        """Rows between two, from the levels below `at`, in groups of `size` pieces; without, in one."""
-        parts = self._pieces(first, last, at - 1)
+    def _merged(self, first: int, last: int, at: int) -> list[Columns]:
+        """Rows between two, from the levels below `at`, as one bucket; none where there are none."""
+        parts = [part for part in self._pieces(first, last, at - 1) if len(part["step"])]
         if not parts:
-            return self.ones(first, first)
-        joined = join(parts)
-        return group(joined, size or len(joined["step"]))
+            return []
+        joined = join(parts) if len(parts) > 1 else parts[0]
+        return [group(joined, len(joined["step"]))]
 
     def _pieces(self, first: int, last: int, at: int) -> list[Columns]:
-        """Buckets of any width that cover these rows: the widest that fit, rows at the edges."""
+        """Buckets of any width that cover these rows: the widest that fit, one of the rows at each edge."""
         if first >= last:
             return []
         if at < 0:
-            return [self.ones(first, last)]
+            return [self._edge(first, last)]
         level = self.levels[at]
         low, high = -(-first // level.width), min(last // level.width, level.size)
         if low >= high:
             return self._pieces(first, last, at - 1)
         edges = self._pieces(first, low * level.width, at - 1), self._pieces(high * level.width, last, at - 1)
         return [*edges[0], level.slice(low, high), *edges[1]]
+
+    def _edge(self, first: int, last: int) -> Columns:
+        """A few rows as one bucket, remembered; none where they cannot be read."""
+        known = self.edges.merged(first, last)
+        if known is not None:
+            return known
+        rows = self.ones(first, last)
+        bucket = group(rows, max(2, last - first)) if len(rows["step"]) > 1 else rows
+        if len(rows["step"]) == last - first:
+            self.edges.amounts(first, last, bucket)
+        return bucket
+
+    def remember(self, to_step: int) -> None:
+        """Look up, now and for the index, what a chart needs of a branch that ends with this step."""
+        if self.bounds is None:
+            end = self.span(None, to_step).end
+            self._pieces(end - end % BASE, end, -1)

@@ -511,6 +511,8 @@ class Snapshot(ReplyBase, frozen=True, kw_only=True, tag="snapshot"):
     checkpoints: list[CheckpointInfo]
     events: list[Event]
     commands: list[CommandUpdate]  # accepted and not yet settled
+    metrics_left_out: Number = 0  # so that the reply is within its limit
+    events_left_out: Number = 0
 
 
 class Backfill(ReplyBase, frozen=True, kw_only=True, tag="backfill"):

@@ -11,6 +11,7 @@ from trainctl.hub.desk import CommandDesk
 from trainctl.hub.endings import Endings
 from trainctl.hub.keeper import JournalKeeper
 from trainctl.hub.link import LinkListener, RankLine, RankLink
+from trainctl.hub.names import NameLimit
 from trainctl.hub.ownership import Ownership
 from trainctl.hub.recorder import Recorder
 from trainctl.hub.roll_call import RollCall
@@ -70,6 +71,8 @@ class Attendance:
         self._endings = endings
         self._starts_again = starts_again
         self._roll_call = roll_call
+        self._names = NameLimit(self._record.metrics.names)
+        self._names_told = False
         self.idle_since = time.monotonic()
 
     async def serve(self, listener: LinkListener) -> None:
@@ -147,13 +150,15 @@ class Attendance:
             self._line.link.close()
         attempt = hello.info.attempt
         known = self._board.knows(attempt)
-        if attempt != self._line.attempt:
-            self._keeper.new_attempt()
+        self._keeper.begin_attempt(attempt)
         self._line.link, self._line.attempt = link, attempt
         self._board.take_info(hello.info)
         self._starts_again.learn(hello.pid)
         self._roll_call.begin(hello.info)
-        link.send(LinkWelcome(epoch=self._ownership.epoch, have=self._record.link_have(attempt)))
+        have, unwritten = self._record.link_have(attempt), self._keeper.unwritten_link()
+        # What only our memory holds would go with us: rank 0 keeps it, and what it sends twice is taken once.
+        have = have if unwritten is None else min(have, unwritten - 1)
+        link.send(LinkWelcome(epoch=self._ownership.epoch, have=have))
         self._desk.rank_came(new_attempt=not known)
         if not known:
             self._board.begin(hello)
@@ -236,7 +241,11 @@ class Attendance:
         attempt = self._line.attempt
         if message.link <= self._record.link_have(attempt):
             return  # sent again, to be sure
-        body = self._roll_call.judged(message.body) if isinstance(message.body, Ranks) else message.body
+        body = message.body
+        if isinstance(body, Ranks):
+            body = self._roll_call.judged(body)
+        elif isinstance(body, Rows):
+            body = self._admitted(body)
         if self._recorder.take(body, attempt=attempt, link=message.link) is None:
             return
         if isinstance(message.body, Rows):
@@ -244,3 +253,11 @@ class Attendance:
                 self._board.life.advanced(message.body.steps[-1], message.body.times[-1], message.body.incarnation)
         elif isinstance(message.body, CommandUpdate):
             self._desk.heard(message.body)
+
+    def _admitted(self, rows: Rows) -> Rows:
+        """What is recorded of rows whose names may be too many."""
+        admitted = self._names.admitted(rows)
+        if not self._names_told and (complaint := self._names.complaint()) is not None:
+            self._names_told = True
+            self._board.anomaly("metrics", complaint, "warning")
+        return admitted

@@ -1,5 +1,6 @@
 """The journal on disk, and what happens while it cannot be written: keep it in memory and try again."""
 
+import contextlib
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ class Waiting:
     stream: str
     seq: int
     link: int
+    attempt: int
 
 
 class JournalKeeper:
@@ -32,14 +34,17 @@ class JournalKeeper:
         self.problem: str | None = None
         self.lost = 0  # envelopes that had to be given up
         self.cut_bytes = 0
-        self.written_link = 0
+        self._attempt = 0
+        self._written_link = 0
         self._appended = 0
+        self._retired: list[JournalWriter] = []
+        self.closed = False
         self._first_segment: int | None = None
         self._last_segment = 0
         self._open()
 
-    def append(self, encoded: bytes, stream: str, seq: int, link: int) -> None:
-        item = Waiting(encoded=encoded, stream=stream, seq=seq, link=link)
+    def append(self, encoded: bytes, stream: str, seq: int, link: int = 0, attempt: int = 0) -> None:
+        item = Waiting(encoded=encoded, stream=stream, seq=seq, link=link, attempt=attempt)
         if self._backlog or not self._write(item):
             self._backlog.append(item)
             self._backlog_bytes += len(encoded)
@@ -61,7 +66,9 @@ class JournalKeeper:
         """Notice, once, that the journal was deleted under us: what is appended from now on waits for a new one."""
         if self._writer is None or not self._writer.removed:
             return False
-        self.close()
+        # Its descriptors are closed by who syncs, in a thread that may be using them now.
+        self._retired.append(self._writer)
+        self._writer = None
         self.lost += self._appended
         self._appended = 0
         self.problem = "somebody deleted it"
@@ -70,6 +77,9 @@ class JournalKeeper:
     def sync(self) -> bool:
         """Put what was appended on disk; may run in a thread. False, with `problem` set, when that fails."""
         writer = self._writer
+        while self._retired:
+            with contextlib.suppress(OSError):  # nobody can have what it holds
+                self._retired.pop().close()
         if writer is None:
             return False
         try:
@@ -95,10 +105,32 @@ class JournalKeeper:
             except OSError as error:
                 self.problem = _words(error)
             self._writer = None
+        self.closed = True
+        self.sync()
 
-    def new_attempt(self) -> None:
-        """Rank 0 counts its records from 1 again."""
-        self.written_link = 0
+    def begin_attempt(self, attempt: int) -> None:
+        """The numbers of this attempt are acknowledged from now on; those of another count for nothing."""
+        if attempt != self._attempt:
+            self._attempt, self._written_link = attempt, 0
+
+    @property
+    def written_link(self) -> int:
+        """The newest of rank 0's numbers, in its newest attempt, that was appended since this process began."""
+        return self._written_link
+
+    def unwritten_link(self) -> int | None:
+        """The oldest of rank 0's numbers, in its newest attempt, that waits in memory to be appended."""
+        return next((item.link for item in self._backlog if item.link and item.attempt == self._attempt), None)
+
+    @property
+    def safe_to_index(self) -> bool:
+        """Whether the journal has everything that it will ever have of what was to be appended."""
+        return not self._backlog and (self._writer is not None or (self.closed and self.problem is None))
+
+    @property
+    def newest_segment(self) -> int:
+        """The newest segment that this process wrote to; 0 before it could."""
+        return self._last_segment
 
     def _open(self) -> None:
         try:
@@ -118,7 +150,8 @@ class JournalKeeper:
         except OSError as error:
             self.problem = _words(error)
             return False
-        self.written_link = max(self.written_link, item.link)
+        if item.attempt == self._attempt:
+            self._written_link = max(self._written_link, item.link)
         self._last_segment = self._writer.segment
         self._appended += 1
         return True

@@ -25,10 +25,10 @@ class Ownership:
                 self.epoch = run_dir.newest("epoch") + 1
             self.registered = False
 
-    def held(self) -> bool:
-        """False for good once a newer hub took over."""
+    def held(self, *, look: bool = False) -> bool:
+        """False for good once a newer hub took over. `look` at the directory now, for what cannot be taken back."""
         now = time.monotonic()
-        if self._held and now - self._checked_at >= _CHECK_S:
+        if self._held and (look or now - self._checked_at >= _CHECK_S):
             self._checked_at = now
             with contextlib.suppress(OSError):  # a file system that does not answer gives nobody a newer epoch
                 self._held = self._run_dir.newest("epoch") <= self.epoch

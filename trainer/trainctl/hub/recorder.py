@@ -34,7 +34,7 @@ class Recorder:
         if not self._ownership.held():
             return None
         envelope, encoded = self._server.number(body, attempt=attempt, link=link)
-        self._keeper.append(encoded, envelope.stream, envelope.seq, link)
+        self._keeper.append(encoded, envelope.stream, envelope.seq, link, attempt)
         self.record.apply(envelope)
         self._server.send(envelope, encoded)
         self._untold.append(envelope)

@@ -8,7 +8,9 @@ from pathlib import Path
 from trainctl.hub.desk import CommandDesk
 from trainctl.hub.keeper import JournalKeeper
 from trainctl.hub.recorder import Recorder
+from trainctl.hub.snapshots import fitting
 from trainctl.store.audit import AuditLog
+from trainctl.store.history import history_steps
 from trainctl.wire.codec import DATA_LIMIT
 from trainctl.wire.held_states import list_with_memory
 from trainctl.wire.manifest import DamagedCheckpoint, pick, remember_check, verify
@@ -24,6 +26,7 @@ from trainctl.wire.messages import (
     CommandRequest,
     Events,
     EventsRequest,
+    History,
     HistoryRequest,
     Nodes,
     NodesRequest,
@@ -42,6 +45,7 @@ from trainctl.wire.server import Caller, Refusal
 
 log = logging.getLogger(__name__)
 
+_TURN_S = 0.02
 _AUDIT_BYTES = DATA_LIMIT - 64 * 1024
 
 
@@ -78,7 +82,7 @@ class Requests:
         match request:
             case SnapshotRequest():
                 checkpoints = await self._checkpoints()
-                return self._record.snapshot(request, checkpoints)
+                return fitting(self._record.snapshot(request, checkpoints))
             case CommandRequest(command=command):
                 await self._desk.do(command, caller)
                 return None
@@ -88,7 +92,7 @@ class Requests:
                     raise Refusal("unknown_command", f"no command has the id {command_id}")
                 return CommandReply(req=request.req, update=update)
             case HistoryRequest():
-                return self._record.history(request)
+                return await self._history(request)
             case EventsRequest():
                 return Events(req=request.req, events=self._record.events_matching(request))
             case CheckpointsRequest():
@@ -103,6 +107,20 @@ class Requests:
                 return Nodes(req=request.req, nodes=[self._record.nodes[name] for name in sorted(self._record.nodes)])
             case _:
                 raise Refusal("not_supported", f"a hub does not answer {type(request).__name__}")
+
+    async def _history(self, request: HistoryRequest) -> History:
+        """In turns with everybody else, for a request may name thousands of metrics."""
+        steps = history_steps(self._record.metrics, request)
+        turn_ends = time.monotonic() + _TURN_S
+        while True:
+            try:
+                next(steps)
+            except StopIteration as done:
+                answer: History = done.value
+                return answer
+            if time.monotonic() > turn_ends:
+                await asyncio.sleep(0)
+                turn_ends = time.monotonic() + _TURN_S
 
     async def _checkpoints(self) -> list[CheckpointInfo]:
         return await asyncio.to_thread(list_with_memory, self._run_dir.checkpoints, self._record.in_memory)

@@ -1,0 +1,102 @@
+"""Where the values of a metric are that were packed, and the blocks they are read from."""
+
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import Final
+
+import msgspec
+import numpy as np
+
+from trainctl.store.blocks import Block
+from trainctl.store.frames import read_packed
+from trainctl.store.packing import PackedRows, decode_packed
+from trainctl.store.rollups import Columns
+
+_CACHED_BYTES: Final = 48 * 1024 * 1024
+
+
+class BlockReader:
+    """Reads packed rows at their places in a journal, and keeps those that were read last."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self._directory = directory
+        self._blocks: OrderedDict[tuple[int, int], Block | None] = OrderedDict()
+        self._columns: OrderedDict[tuple[int, int, str], Columns] = OrderedDict()
+        self._bytes = 0
+        self.unreadable: set[tuple[int, int]] = set()
+
+    def metric(self, segment: int, offset: int, name: str) -> Columns | None:
+        """`step`, `time` and `value` of one metric in one block, or None where it decayed."""
+        key = (segment, offset, name)
+        found = self._columns.get(key)
+        if found is not None:
+            self._columns.move_to_end(key)
+            return found
+        block = self._block(segment, offset)
+        if block is None:
+            return None
+        try:
+            steps, times, values = block.metric(name)
+        except (KeyError, ValueError, zlib.error):
+            self.unreadable.add((segment, offset))
+            return None
+        found = {"step": steps, "time": times, "value": values}
+        self._columns[key] = found
+        self._bytes += sum(column.nbytes for column in found.values())
+        while self._bytes > _CACHED_BYTES:
+            _, oldest = self._columns.popitem(last=False)
+            self._bytes -= sum(column.nbytes for column in oldest.values())
+        return found
+
+    def _block(self, segment: int, offset: int) -> Block | None:
+        place = (segment, offset)
+        if place in self._blocks:
+            self._blocks.move_to_end(place)
+            return self._blocks[place]
+        payload = read_packed(self._directory, segment, offset) if self._directory is not None else None
+        block = None
+        if payload is not None:
+            try:
+                packed = decode_packed(payload)
+                block = Block(packed) if isinstance(packed, PackedRows) else None
+            except msgspec.MsgspecError:
+                block = None
+        if block is None:
+            self.unreadable.add(place)
+        self._blocks[place] = block
+        if len(self._blocks) > 64:
+            self._blocks.popitem(last=False)
+        return block
+
+
+class Chunks:
+    """Where the values of a track are that are not hot: parallel columns, one entry a block.
+
+    A place is (segment, offset), or (0, n) for the n-th of those `kept` in memory because no block holds just them.
+    """
+
+    def __init__(self, saved: Columns | None = None, kept: list[Columns] | None = None) -> None:
+        self.starts: list[int] = saved["start"].tolist() if saved is not None else []
+        self.places: list[tuple[int, int]] = (
+            list(zip(saved["segment"].tolist(), saved["offset"].tolist(), strict=True)) if saved is not None else []
+        )
+        self.size = int(saved["size"][0]) if saved is not None else 0
+        self.kept: list[Columns] = kept or []
+
+    def append(self, count: int, segment: int, offset: int) -> None:
+        self.starts.append(self.size)
+        self.places.append((segment, offset))
+        self.size += count
+
+    def keep(self, columns: Columns) -> None:
+        self.kept.append({name: column.copy() for name, column in columns.items()})
+        self.append(len(columns["step"]), 0, len(self.kept) - 1)
+
+    def saved(self) -> Columns:
+        return {
+            "start": np.array(self.starts, "<i8"),
+            "segment": np.array([segment for segment, _ in self.places], "<i8"),
+            "offset": np.array([offset for _, offset in self.places], "<i8"),
+            "size": np.array([self.size], "<i8"),
+        }
