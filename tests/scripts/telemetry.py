@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -31,7 +32,19 @@ class Points(Dataset[Tensor]):
     def started(self, worker: int) -> None:
         """A worker tells what it runs on."""
         names = [thread.name for thread in threading.enumerate()]
-        (self.output / f"worker-{worker}.json").write_text(json.dumps({"pid": os.getpid(), "threads": names}))
+        rank = os.environ.get("RANK", "0")
+        (self.output / f"worker-{rank}-{worker}.json").write_text(json.dumps({"pid": os.getpid(), "threads": names}))
+
+
+def sockets() -> set[str]:
+    """As the kernel names them."""
+    targets = (str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
+    return {target for target in targets if target.startswith("socket:")}
+
+
+def ports() -> set[int]:
+    """On which this process listens."""
+    return {known.laddr.port for known in psutil.Process().net_connections("tcp") if known.status == "LISTEN"}
 
 
 def odd(step: int) -> dict[str, object]:
@@ -62,6 +75,7 @@ def main() -> None:
         else {}
     )
     loader = DataLoader(data, batch_size=16, worker_init_fn=data.started if given.workers else None, **workers)
+    own_sockets, own_ports = sockets(), ports()
     run = Run.attach(
         "telemetry",
         model=model,
@@ -73,6 +87,8 @@ def main() -> None:
         checkpoint_every=20,
         peak_flops=1e9,
     )
+    made = {"attach": sorted(sockets() - own_sockets), "ports": sorted(ports() - own_ports)}
+    (given.output / f"sockets-{rank}.json").write_text(json.dumps({"script": sorted(own_sockets)} | made))
     clip = run.tunable("clip", 1e-6, min=0.0)
     with run, (given.output / f"rank-{rank}.jsonl").open("w") as record:
         for micro_batch, inputs in enumerate(run.batches(), start=1):

@@ -405,10 +405,11 @@ class Run:
         self.close(failed=f"{type(error).__name__}: {error}" if error is not None else None)
 
     def _in_forked_child(self) -> None:
-        """A DataLoader worker inherits this object: it must not speak, and must not keep the link open."""
+        """A DataLoader worker inherits this object: it must not speak, and must not keep a connection of ours open."""
         self._closed = True
         self._publishes = False
         self._parts.sender.abandon()
+        self._parts.sockets.let_go()
 
     def _keep_own_loss(self, values: dict[str, Any]) -> None:
         """Rank 0 speaks for the run; of the others the operator sees figures, and their own loss among them."""
