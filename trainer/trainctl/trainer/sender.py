@@ -228,6 +228,9 @@ class Sender(threading.Thread):
         for complaint in self._rows.complaints:
             self._core.complain("metric", complaint)
         self._rows.complaints.clear()
+        for remark in self._rows.remarks:
+            self._core.complain("metric", remark, severity="info")
+        self._rows.remarks.clear()
         self._record_events(now)
         if core.tunables_changed.is_set():
             core.tunables_changed.clear()
