@@ -86,7 +86,7 @@ def test_bad_values_are_said_once_by_name_and_stop_nothing(tmp_path: Path) -> No
         assert status["dropped"] == sum(by_reason.values())
 
         texts = [event["text"] for event in events(run, "anomaly")]
-        odd = ("'text'", "'many'", "'nothing'", "'huge'", "'col\\x1b[31mour'", "'step' went back", "more than 2000 metric")
+        odd = ("'text'", "'many'", "'nothing'", "'huge'", "'col\\x1b[31mour'", "'step' went back", "more than 2000")
         for name in odd:
             assert len([text for text in texts if name in text]) == 1, (name, texts)
         assert len(texts) < 20

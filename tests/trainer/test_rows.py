@@ -11,7 +11,7 @@ from trainctl.wire import codec
 from trainctl.wire.messages import LinkRecord, Rows
 
 
-def logged(step: int, **values: object) -> Entry:
+def logged(step: int, /, **values: object) -> Entry:
     return (step, float(step), values, ())
 
 
