@@ -127,6 +127,17 @@ def test_a_hub_that_is_frozen_and_one_whose_disk_is_full_cost_training_and_histo
         assert loss_steps([*run]) == list(range(1, stopped["step"] + 1)), "and so says the journal"
 
 
+def test_a_hub_that_is_frozen_when_training_ends_holds_the_exit_up_for_seconds_and_it_is_said(tmp_path: Path) -> None:
+    with job("telemetry.py", 1, tmp_path, ["--steps", "150", "--sleep", "0.02"]) as running:
+        running.until_step(10)
+        (hub,) = [card.pid for card in read_cards() if card.kind == "hub"]
+        with frozen([hub]):
+            assert running.wait(90) == 0, running.log()
+            took = json.loads((running.output / "closing-0.json").read_text())
+        assert 3.0 <= took < 9.0, "three, and some for a busy machine"
+        assert "the hub did not take the last" in running.log()
+
+
 @contextlib.contextmanager
 def frozen(pids: list[int]) -> Iterator[None]:
     """Processes that cannot notice anything, and that die when the test is over."""

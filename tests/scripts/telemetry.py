@@ -110,6 +110,9 @@ def main() -> None:
             run.step_done(tokens=32 * ranks, samples=32 * ranks)
             line = {"step": run.step, "loss": loss.item(), "data": run.data_range(run.step)}
             print(json.dumps(line), file=record, flush=True)
+        began = time.monotonic()
+        run.close()
+        (given.output / f"closing-{rank}.json").write_text(json.dumps(time.monotonic() - began))
     if ranks > 1:
         dist.destroy_process_group()
 

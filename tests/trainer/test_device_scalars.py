@@ -7,6 +7,7 @@ from collections import deque
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -195,6 +196,27 @@ def test_a_full_buffer_refuses_and_counts_but_never_a_rollback() -> None:
     buffer.put(mark(5))
     buffer.put(Rewind(3, 2, {}))
     assert (len(buffer), buffer.refused) == (3, 4)
+
+
+def test_wide_calls_are_refused_and_counted_before_they_fill_the_memory_and_taken_again_when_there_is_room() -> None:
+    buffer = RowBuffer(values=2500)
+    wide = {f"layer_{number}": 1.0 for number in range(1000)}
+    for step in range(5):
+        buffer.log(step, dict(wide))
+    assert (len(buffer), buffer.refused, buffer.refused_wide) == (3, 0, 2)
+    assert len(buffer.take(10)) == 3
+    buffer.log(6, dict(wide))
+    assert (len(buffer), buffer.refused_wide) == (1, 2)
+
+
+def test_what_is_no_number_is_not_kept_alive() -> None:
+    buffer = RowBuffer()
+    buffer.log(1, {"text": "x" * 1000, "array": np.zeros(1000), "list": [1.0] * 1000, "scalar": np.float32(0.5)})
+    (entry,) = buffer.take(10)
+    assert not isinstance(entry, StepMark | Rewind)
+    kept = entry[2]
+    assert [kept[name] for name in ("text", "array", "list")] == [NotANumber(of) for of in ("str", "ndarray", "list")]
+    assert kept["scalar"] == 0.5
 
 
 @given(st.lists(st.tuples(st.sampled_from(["log", "work", "take"]), st.integers(1, 3)), max_size=80))

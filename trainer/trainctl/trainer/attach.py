@@ -30,7 +30,7 @@ from trainctl.trainer.figures import gpu_uuid
 from trainctl.trainer.flops import FlopMeter
 from trainctl.trainer.identity import RunIdentity, job_id, rank_identity, share_run
 from trainctl.trainer.leader import Leader, Prepared
-from trainctl.trainer.link import HubProcess, Link
+from trainctl.trainer.link import HubProcess, Link, keep_bytes
 from trainctl.trainer.meeting import Connection, Meeting, StoreSilent
 from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
@@ -255,7 +255,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
     if place.leads:
         hub = HubProcess(run_id=identity.id, name=identity.name, directory=identity.directory)
         with _telling("the run is not shown"):
-            link = Link(run_id=identity.id, hub=hub, hello=lambda: _hello(script, core))
+            link = Link(run_id=identity.id, hub=hub, hello=lambda: _hello(script, core), keep_bytes=keep_bytes())
     if connections is not None and connections.leading is not None:
         leader = Leader(
             world_size=place.world_size,

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from trainctl.trainer import attach as attaching
 from trainctl.trainer import forks
 from trainctl.trainer.actions import begin_save, position, save_before_the_end
-from trainctl.trainer.buffer import StepMark
+from trainctl.trainer.buffer import NARROW, StepMark
 from trainctl.trainer.checkpoint import MEMORY_CHECKPOINTS, Accessor
 from trainctl.trainer.control import InDoubt
 from trainctl.trainer.core import Callbacks
@@ -219,7 +219,9 @@ class Run:
             if type(value) is not float:
                 self._buffer.log(self._core.row_step, values)
                 return
-        if len(self._entries) < self._room:
+        if len(values) > NARROW:
+            self._buffer.log(self._core.row_step, values)
+        elif len(self._entries) < self._room:
             self._append((self._core.row_step, _time(), values, ()))
         else:
             self._buffer.refused += 1
@@ -305,7 +307,10 @@ class Run:
         return made
 
     def close(self, *, failed: str | None = None) -> None:
-        """End this rank's part: running saves are completed, what is left is sent. Called again it does nothing."""
+        """End this rank's part: running saves are completed, what is left is sent. Called again it does nothing.
+
+        A hub that is frozen or gone holds this up for 3 s, one that is only starting for 10 s at most.
+        """
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True

@@ -49,7 +49,8 @@ _STATE_S = 0.5
 _RESUME_AGAIN_S = 5.0
 _BATCH = 20_000
 _RANKS_A_RECORD = 200  # so that a record fits a packet of the link, whatever the world size
-_GOODBYE_S = 10.0  # the hub of a very short run may only be starting
+_GOODBYE_S = 10.0  # the hub of a very short run may only be starting, and one that takes what is left gets this long
+_SILENT_S = 3.0  # one that was there and says nothing is frozen
 _NO_STEP_S = 30.0
 
 
@@ -151,7 +152,8 @@ class Sender(threading.Thread):
         self._failed = False
 
     def finish(self, bye: LinkBye) -> None:
-        """Send what is left and end. Waits at most a few seconds: training's exit goes first."""
+        """Send what is left and end. Training's exit goes first: this waits for 3 s of a hub's silence, and 10 s in all
+        where the hub is only starting or still takes what is left."""
         self._bye = bye
         self._closing.set()
         self.join(_GOODBYE_S + 2.0)
@@ -260,11 +262,13 @@ class Sender(threading.Thread):
         buffer, link = self._core.buffer, self._link
         return {
             "buffer": buffer.refused,
+            "buffer-memory": buffer.refused_wide,
             "device": buffer.not_copied + buffer.not_read,
             "phase": self._core.phases.lost,
             "value": self._rows.refused_values,
             "names": self._rows.refused_names,
-            "link": link.lost if link is not None else 0,
+            "link": link.lost - link.crowded if link is not None else 0,
+            "link-memory": link.crowded if link is not None else 0,
             "size": link.oversize if link is not None else 0,
         }
 
@@ -364,19 +368,30 @@ class Sender(threading.Thread):
     def _goodbye(self) -> None:
         if self._link is None:
             return
-        deadline = time.monotonic() + _GOODBYE_S
+        link, deadline = self._link, time.monotonic() + _GOODBYE_S
         self._settle_saves(time.monotonic())
         self._drain(time.monotonic())
         assert self._bye is not None
         said = -1  # the connection on which goodbye was said: a hub that comes back, or comes late, hears it too
-        while time.monotonic() < deadline and not (self._link.drained() and said == self._link.connects):
-            if self._link.connected and said != self._link.connects:
-                said = self._link.connects
+        heard, heard_at = link.packets, time.monotonic()
+        while (now := time.monotonic()) < deadline and not (link.drained() and said == link.connects):
+            if link.packets != heard or not link.connects:
+                heard, heard_at = link.packets, now
+            elif now - heard_at > _SILENT_S:
+                break
+            if link.connected and said != link.connects:
+                said = link.connects
                 self._tell_state()
-                self._link.tell(self._bye)
-            self._link.tick(time.monotonic())
-            wait_readable(self._link, 0.02)
-        self._link.close()
+                link.tell(self._bye)
+            link.tick(now)
+            wait_readable(link, 0.02)
+        if (left := link.waiting()) > 0:
+            log.warning(
+                "trainctl: the hub did not take the last %d rows and events before this process ended: they are "
+                "missing from the run's history, unless the hub still reads what the link holds",
+                left,
+            )
+        link.close()
 
 
 def saved_events(core: Core, save: RunningSave) -> list[Event]:
