@@ -65,6 +65,23 @@ def test_a_phase_within_itself_counts_once(clock: Clock) -> None:
     assert phases.take() == {"optimizer": 3.0}
 
 
+def test_an_evaluation_or_a_save_of_the_scripts_own_is_a_state_of_the_run_once_it_lasts(clock: Clock) -> None:
+    phases = Phases()
+    assert phases.busy() is None
+    with phases.get("eval"):
+        clock.now += 0.5
+        assert phases.busy() is None, "it would only flicker"
+        clock.now += 1.0
+        with phases.get("forward"):
+            assert phases.busy() == "eval"
+    with phases.get("checkpoint"):
+        clock.now += 2.0
+        assert phases.busy() == "checkpoint"
+    with phases.get("forward"):
+        clock.now += 60.0
+        assert phases.busy() is None
+
+
 def test_a_phase_that_raises_is_closed(clock: Clock) -> None:
     phases = Phases()
     with contextlib.suppress(KeyError), phases.get("forward"):

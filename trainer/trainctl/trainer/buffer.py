@@ -14,7 +14,7 @@ from trainctl.trainer.device import Arrival, Pools
 
 CAPACITY = 100_000
 # A logged float takes about 75 bytes of a waiting call (its object and its place in a dict). Calls of more than
-# `NARROW` values are bounded in values, 75 MB in all; the others by their number alone, 150 MB, for counting costs time.
+# `NARROW` values are bounded in values, 75 MB in all; the others by their number alone: 150 MB.
 VALUES = 1_000_000
 NARROW = 20
 # What is no number is not kept alive until the sender sees that.

@@ -24,6 +24,8 @@ from trainctl.wire.messages import Anomaly, Event, Note, RankPlace, RunStateName
 
 log = logging.getLogger(__name__)
 
+_BUSY: dict[str, RunStateName] = {"eval": "evaluating", "checkpoint": "checkpointing"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Callbacks:
@@ -149,4 +151,6 @@ class Core:
             return "paused"
         if self.doing is not None:
             return self.doing
+        if (busy := self.phases.busy()) is not None:
+            return _BUSY[busy]
         return "starting" if self.boundary.completed == self.first_step else "running"
