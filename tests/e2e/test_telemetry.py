@@ -67,6 +67,23 @@ def test_every_rank_and_every_step_has_its_figures(tmp_path: Path) -> None:
         assert again[-1] == again[-1] | {"step": 21, "data": [47, 48]}, "40 batches were seen, seven passed over"
 
 
+def test_the_data_of_a_rank_that_reads_others_than_rank_0_are_in_the_history(tmp_path: Path) -> None:
+    with job("telemetry.py", 2, tmp_path, ["--steps", "100000", "--sleep", "0.02", "--uneven"]) as running:
+        running.until_step(45)
+        run = ["-r", str(running.directory)]
+
+        def told() -> list[list[float]]:
+            found: list[list[float]] = trainctl_json("history", "data_first.1", "data_last.1", *run).get(
+                "data_first.1", []
+            )
+            return found if len(found) > 40 else []
+
+        first = until(told, 20, what="rank 1's data")
+        steps = [point[0] for point in first]
+        assert steps == list(range(1, steps[-1] + 1)), "every step once"
+        assert [point[2] for point in first] == [3.0 * (step - 1) for step in steps]
+
+
 def test_bad_values_are_said_once_by_name_and_stop_nothing(tmp_path: Path) -> None:
     with job("telemetry.py", 1, tmp_path, ["--steps", "60", "--bad"]) as running:
         assert running.wait(90) == 0, running.log()

@@ -1,6 +1,6 @@
 """Trains a line through noise, with what a careless or unlucky script does to its telemetry.
 
-usage: telemetry.py OUTPUT [--steps N] [--sleep S] [--workers fork|forkserver|spawn] [--bad]
+usage: telemetry.py OUTPUT [--steps N] [--sleep S] [--workers fork|forkserver|spawn] [--bad] [--uneven]
 """
 
 import argparse
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--sleep", type=float, default=0.0)
     parser.add_argument("--workers", choices=["fork", "forkserver", "spawn"])
     parser.add_argument("--bad", action="store_true")
+    parser.add_argument("--uneven", action="store_true", help="rank r makes a step of 2 + r micro-batches")
     given = parser.parse_args()
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
@@ -97,7 +98,7 @@ def main() -> None:
                     loss = (model(inputs) - inputs.mean(dim=1, keepdim=True)).pow(2).mean() + rank
                 with run.phase("backward"):
                     (loss / 2).backward()
-            if micro_batch % 2:
+            if micro_batch % (2 + rank * given.uneven):
                 continue
             with run.phase("communication"):
                 norm = nn.utils.clip_grad_norm_(model.parameters(), clip.value)

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainctl.trainer.buffer import Entry, NotANumber, Rewind, RowBuffer, StepMark
-from trainctl.trainer.device import Pools, ScalarPool
+from trainctl.trainer.device import Pools, ScalarPool, let_captures_be
 
 
 class MemoryEvent:
@@ -39,6 +39,10 @@ class MemoryDevice:
         self.numbers: deque[float] = deque()
         self.queue: deque[partial[None]] = deque()
         self.made = 0
+        self.captures = False
+
+    def capturing(self) -> bool:
+        return self.captures
 
     def copy(self, value: torch.Tensor, slot: int) -> None:
         assert value.shape == ()
@@ -196,6 +200,39 @@ def test_a_full_buffer_refuses_and_counts_but_never_a_rollback() -> None:
     buffer.put(mark(5))
     buffer.put(Rewind(3, 2, {}))
     assert (len(buffer), buffer.refused) == (3, 4)
+
+
+def test_nothing_of_ours_becomes_part_of_a_graph_that_is_captured() -> None:
+    rank = Rank()
+    rank.device.captures = True
+    rank.log(1, loss="1.0", acc=0.5)
+    assert not rank.device.queue
+    assert rank.buffer.not_copied == 1
+    rank.device.captures = False
+    rank.log(2, loss="2.0")
+    assert rank.device.queue
+
+
+def test_the_thread_that_asks_events_takes_itself_out_of_what_a_capture_forbids(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    class Runtime:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def cudaThreadExchangeStreamCaptureMode(self, mode: Any) -> int:  # noqa: N802 - CUDA's name
+            asked.append((self.name, mode._obj.value))
+            return 0
+
+    assert not let_captures_be(), "there is no device here"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr("ctypes.CDLL", Runtime)
+    assert let_captures_be()
+    assert asked == [("libcudart.so.12", 2)]
 
 
 def test_wide_calls_are_refused_and_counted_before_they_fill_the_memory_and_taken_again_when_there_is_room() -> None:

@@ -143,6 +143,10 @@ class TimedDevice:
         self.queue: deque[TimedEvent | float] = deque()
         self.made = 0
         self.now = 0.0
+        self.captures = False
+
+    def capturing(self) -> bool:
+        return self.captures
 
     def event(self) -> TimedEvent:
         self.made += 1
@@ -168,6 +172,20 @@ class TimedDevice:
 
     def read(self, slot: int) -> float:
         raise NotImplementedError
+
+
+def test_while_a_graph_is_captured_no_event_is_recorded_and_nothing_counts_as_lost() -> None:
+    device = TimedDevice()
+    phases = Phases(device)
+    device.captures = True
+    with phases.get("backward"):
+        pass
+    assert (list(device.queue), phases.take(), phases.lost) == ([], {}, 0)
+    device.captures = False
+    with phases.get("backward"):
+        device.busy(3.0)
+    device.work()
+    assert phases.take() == {"backward": 3.0}
 
 
 def test_a_devices_phase_is_known_when_the_device_came_to_its_end() -> None:

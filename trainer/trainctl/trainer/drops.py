@@ -12,7 +12,7 @@ _WORDS: dict[str, str] = {
     "link": "the hub did not take them for over a minute",
     "link-memory": "the hub does not take them, and what waits for it fills its memory before a minute is over",
     "size": "a row or an event is too large for a packet",
-    "device": "the device lags too far behind, or failed",
+    "device": "the device lags too far behind, captured a graph, or failed",
     "phase": "the device lags too far behind its timers",
 }
 

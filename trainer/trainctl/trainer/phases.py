@@ -155,9 +155,11 @@ class Phases:
         return None
 
     def stamp(self) -> Event | None:
-        """An event at this point of the device's work; None when all are on their way."""
+        """An event at this point of the device's work; None when all are on their way, or a graph is captured."""
         device = self._device
         assert device is not None
+        if device.capturing():
+            return None  # an event of a graph is recorded at its replays, and cannot be asked
         if self._free:
             event = self._free.popleft()
         elif self._made < self.EVENTS:
@@ -174,7 +176,8 @@ class Phases:
         """Keep an interval that ends here until its events have passed."""
         end = self.stamp() if start is not None else None
         if start is None or end is None:
-            self.lost += 1
+            assert self._device is not None
+            self.lost += 0 if self._device.capturing() else 1  # what is captured takes no time of the device now
             if start is not None:
                 self._free.append(start)
         else:

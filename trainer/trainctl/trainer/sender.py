@@ -16,12 +16,14 @@ from trainctl.trainer.agents import NodeAgent
 from trainctl.trainer.buffer import Entry, Rewind, StepMark
 from trainctl.trainer.control import Control
 from trainctl.trainer.core import Core, RunningSave
+from trainctl.trainer.device import let_captures_be
 from trainctl.trainer.drops import DropWatch
-from trainctl.trainer.figures import Pace, decode_figures, encode_figures, figures_of, run_state
+from trainctl.trainer.figures import Pace, figures_of, run_state
 from trainctl.trainer.leader import Leader, update_of
 from trainctl.trainer.link import Link, wait_readable
 from trainctl.trainer.meeting import Connection, StoreSilent
 from trainctl.trainer.preemption import Preemption
+from trainctl.trainer.rank_ranges import RANKS_TOLD, RankRanges, Recently, Report, decode_report, encode_report, in_runs
 from trainctl.trainer.rows import RowMaker
 from trainctl.trainer.tally import Tally, clip_of
 from trainctl.wire.commands import Command, Resume
@@ -36,6 +38,7 @@ from trainctl.wire.messages import (
     LinkInfo,
     LinkProgress,
     Ranks,
+    Rows,
     RunInfo,
     SourceAddress,
 )
@@ -64,6 +67,9 @@ class Figures:
         self._last_step = core.boundary.completed
         self._last_steps_s = core.steps_s
         self._silent = control is None
+        self._recently = Recently()
+        self._reports: list[Report] = []
+        self.ranges = RankRanges(core.identity.attempt)
         self._keys = [f"g/{rank}" for rank in range(core.place.world_size)]
 
     def report(self, phases_s: dict[str, float]) -> None:
@@ -73,7 +79,9 @@ class Figures:
         self._last_step, self._last_steps_s = step, steps_s
         if self._control is not None and not self._silent:
             try:
-                self._control.put(f"g/{self._core.place.rank}", encode_figures(figures))
+                runs = in_runs(self._core.ranges.since(self._recently.since(step)))
+                report = Report(figures, self._core.incarnation, runs)
+                self._control.put(f"g/{self._core.place.rank}", encode_report(report))
             except StoreSilent:
                 self._silent = True
 
@@ -87,10 +95,16 @@ class Figures:
         except StoreSilent:
             self._silent = True
             return None
-        return Ranks(
-            incarnation=self._core.incarnation,
-            ranks=[decode_figures(figure) for figure in sealed if figure is not None],
-        )
+        self._reports = [decode_report(report) for report in sealed if report is not None]
+        return Ranks(incarnation=self._core.incarnation, ranks=[report.figures for report in self._reports])
+
+    def differing_ranges(self) -> list[Rows]:
+        """Of the reports that were just read: where another rank's data are other batches than rank 0's."""
+        oldest = min((run.step for report in self._reports for run in report.runs), default=None)
+        if oldest is None:
+            return []
+        own = self._core.ranges.since(oldest)
+        return self.ranges.observe(self._reports, own, self._core.incarnation)
 
     def agent(self, address: SourceAddress) -> None:
         if self._control is not None and not self._silent:
@@ -165,6 +179,7 @@ class Sender(threading.Thread):
 
     def run(self) -> None:
         try:
+            let_captures_be()
             while not self._closing.is_set():
                 self._safe_tick()
                 if self._link is not None:
@@ -220,6 +235,7 @@ class Sender(threading.Thread):
                 self._record_events(now)
                 entries = []
                 self._pace.rewind()
+                self._figures.ranges.rewound(entry.step)
                 core.last_metrics.clear()
                 core.last_metrics.update(entry.metrics)
             elif isinstance(entry, StepMark):
@@ -300,6 +316,13 @@ class Sender(threading.Thread):
             for first in range(0, len(ranks.ranks), _RANKS_A_RECORD):
                 part = ranks.ranks[first : first + _RANKS_A_RECORD]
                 self._link.record(Ranks(incarnation=ranks.incarnation, ranks=part), now)
+            for rows in self._figures.differing_ranges():
+                self._link.record(rows, now)
+            if self._figures.ranges.passed_over:
+                text = (
+                    f"more than {RANKS_TOLD} ranks read other data than rank 0: those of further ranks are not recorded"
+                )
+                self._core.complain("data", text, severity="info")
         self._tell_agents()
         self._auto_resume()
         self._warn_no_step()
