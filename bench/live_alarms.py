@@ -1,10 +1,11 @@
 """How often a noisy run that is in order wakes somebody, through a real hub with all detectors. One JSON line.
 
 Each seed is a real training process that attaches, with a hub and an agent of its own: a regression on Student's t
-noise whose steps of about 5 ms are held up at random (lognormal, now and then for seconds, up to 6 s), with evaluations
-and saves of the script's own of 12 s, and one that `on_eval` makes. Nothing is wrong: every event of severity warning
-or error, every `stalled` and every `stuck` is a false alarm. At the end one step takes 25 s: `stalled` and `stuck` have to
-be told of it, and how long that took is printed. The seeds were not used for choosing any threshold.
+noise whose steps of about 5 ms are held up at random (lognormal, now and then for seconds, up to 6 s), with
+evaluations and saves of the script's own of 12 s, and one that `on_eval` makes. Nothing is wrong: every event of
+severity warning or error, every `stalled` and every `stuck` is a false alarm. At the end one step takes 25 s:
+`stalled` and `stuck` have to be told of it, and how long that took is printed. The seeds were not used for choosing
+any threshold.
 
 usage: live_alarms.py [--seeds N] [--first 1000] [--seconds 90]
 """

@@ -79,6 +79,20 @@ def test_a_scripts_own_evaluation_takes_as_long_as_it_takes_and_who_waits_for_it
     assert told.news == [(0, "stuck"), (1, "stuck")], "and what hangs after it is named"
 
 
+@pytest.mark.parametrize("state", ["evaluating", "checkpointing", "paused"])
+def test_the_time_in_which_no_step_was_due_does_not_count_for_the_next_one(state: str) -> None:
+    told = Told()
+    told.well(20)
+    for _ in range(30):
+        told.second(*(figures(rank, told.now + 1.0, 20, state=state) for rank in range(2)))
+    for _ in range(5):
+        told.second(*(figures(rank, told.now + 1.0, 20) for rank in range(2)))
+    assert told.news == []
+    for _ in range(5):
+        told.second(*(figures(rank, told.now + 1.0, 20) for rank in range(2)))
+    assert told.news == [(0, "stuck"), (1, "stuck")]
+
+
 def test_a_phase_that_was_never_seen_before_has_ten_seconds_and_one_that_is_known_to_be_short_is_named_within_ten() -> (
     None
 ):

@@ -30,6 +30,7 @@ _OBSERVED = 50
 _SAME_S = 0.05  # two readings of when a phase began differ by how the clocks are read
 _BUSY = frozenset({"evaluating", "checkpointing"})  # as long as it takes, unless it is known how long that is
 _NOT_JUDGED = frozenset({"starting", "paused"})
+_NO_STEP_DUE = _BUSY | _NOT_JUDGED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +78,11 @@ class _Rank:
             return
         self.shares_s |= figures.phases_s
         if figures.step != before.step:
-            if figures.step > before.step and before.state not in _NOT_JUDGED:
+            if figures.step > before.step and before.state not in _NO_STEP_DUE:
                 self.steps_s.append((now - self.stepped_at) / (figures.step - before.step))
             self.stepped_at = now
+        elif before.state in _NO_STEP_DUE and figures.state not in _NO_STEP_DUE:
+            self.stepped_at = now  # the next step begins here
         if before.phase is not None and before.phase_since is not None and not same_phase(before, figures):
             stay_s = before.time - before.phase_since
             if before.state in _BUSY or self.excused_at < now - stay_s:  # waiting for somebody says nothing of a phase
