@@ -84,10 +84,11 @@ def main() -> None:
     process = next(child for child in psutil.Process().children() if "trainctl.hub" in " ".join(child.cmdline()))
     before = pss_mb(process)
     half, ours_half = 0.0, 0.0
+    may_wait = min(60_000, 400 * CELLS // (rows * given.metrics))  # what is on disk is acknowledged once a second
     began = time.perf_counter()
     for number in range(batches):
         link.record(batch(number, rows, given.metrics, noise), time.monotonic())
-        while len(link._kept) > 400:  # the rank's own bound is a minute; here nothing may be dropped
+        while len(link._kept) > may_wait:  # the rank's own bound is a minute; here nothing may be dropped
             link.tick(time.monotonic())
             wait_readable(link, 0.05)
         link.tick(time.monotonic())
