@@ -7,7 +7,10 @@ are multiplied at known steps, and it is counted how many of these faults are no
 
 The peer is what most scripts do: more than three standard deviations above the mean of the last 100 values.
 
-usage: false_alarms.py [--steps N]     (20,000 steps of each of six runs: about two minutes on one core)
+The thresholds were chosen on seed 0; the default is one that was not looked at for it. docs/alerts.md has this line as
+a table; the order of floating-point sums, and so the curves, differ a little between machines.
+
+usage: false_alarms.py [--steps N] [--seed S]     (20,000 steps of each of six runs: about two minutes on one core)
 """
 
 import argparse
@@ -47,9 +50,9 @@ FAULTS = {
 }
 
 
-def language(batch: int, optimizer: str, lr: float) -> Iterator[float]:
+def language(seed: int, batch: int, optimizer: str, lr: float) -> Iterator[float]:
     """A byte-level model of eight bytes of context."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
     data = torch.frombuffer(bytearray(b"".join(file.read_bytes() for file in files)[:3_000_000]), dtype=torch.uint8)
     model = nn.Sequential(
@@ -66,9 +69,11 @@ def language(batch: int, optimizer: str, lr: float) -> Iterator[float]:
         yield step(model, update, nn.functional.cross_entropy(model(inputs), targets))
 
 
-def regression(freedom: float, error: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Iterator[float]:
+def regression(
+    seed: int, freedom: float, error: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> Iterator[float]:
     """Targets with Student's t noise: with three degrees of freedom its squares have no finite variance."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 1))
     update = torch.optim.AdamW(model.parameters(), 1e-2)
     weights, noise = torch.randn(8, 1), torch.distributions.StudentT(freedom)
@@ -86,13 +91,13 @@ def step(model: nn.Module, update: torch.optim.Optimizer, loss: torch.Tensor) ->
     return loss.item()
 
 
-RUNS: dict[str, Callable[[], Iterator[float]]] = {
-    "text, batch 32, AdamW 1e-2": lambda: language(32, "adam", 1e-2),
-    "text, batch 8, AdamW 3e-3": lambda: language(8, "adam", 3e-3),
-    "text, batch 8, SGD 0.3": lambda: language(8, "sgd", 0.3),
-    "text, batch 2, AdamW 3e-3": lambda: language(2, "adam", 3e-3),
-    "regression, t(5), squared": lambda: regression(5.0, nn.functional.mse_loss),
-    "regression, t(3), squared": lambda: regression(3.0, nn.functional.mse_loss),
+RUNS: dict[str, Callable[[int], Iterator[float]]] = {
+    "text, batch 32, AdamW 1e-2": lambda seed: language(seed, 32, "adam", 1e-2),
+    "text, batch 8, AdamW 3e-3": lambda seed: language(seed, 8, "adam", 3e-3),
+    "text, batch 8, SGD 0.3": lambda seed: language(seed, 8, "sgd", 0.3),
+    "text, batch 2, AdamW 3e-3": lambda seed: language(seed, 2, "adam", 3e-3),
+    "regression, t(5), squared": lambda seed: regression(seed, 5.0, nn.functional.mse_loss),
+    "regression, t(3), squared": lambda seed: regression(seed, 3.0, nn.functional.mse_loss),
 }
 
 
@@ -147,11 +152,13 @@ def judged(rule: Rule, curves: dict[str, Losses]) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=20_000)
-    steps = parser.parse_args().steps
+    parser.add_argument("--seed", type=int, default=1000)
+    given = parser.parse_args()
+    steps = given.steps
     torch.set_num_threads(1)
     curves = {}
     for name, start in RUNS.items():
-        losses = start()
+        losses = start(given.seed)
         curves[name] = np.array([next(losses) for _ in range(steps)])
     mine, theirs = judged(ours, curves), judged(naive, curves)
     rate, other = mine["alarms_per_10k"], theirs["alarms_per_10k"]
@@ -161,6 +168,7 @@ def main() -> None:
         json.dumps(
             {
                 "bench": "false_alarms",
+                "seed": given.seed,
                 "steps": steps * len(curves),
                 "robust_z": mine,
                 "three_sigma": theirs,

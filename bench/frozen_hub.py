@@ -2,10 +2,12 @@
 
     python bench/frozen_hub.py [--seconds 60] [--ranks 2]
 
+Then W&B, offline, logs the same ten values in a process of its own while its service process is frozen (`wandb`).
+
 Prints one JSON line: step times in milliseconds (p50, p99, largest) of a real DDP job of about 5 ms steps, of which
 rank 0 logs ten values each, in turn `well`, `frozen` (SIGSTOP for the time given), `thawed`, `full` (no file may grow)
 and `killed` (SIGKILL, and the hub that takes its place). `lost` is what the run itself says was lost, `missing` the
-steps that the journal lacks. `ratio_p99` is frozen over well.
+steps that the journal lacks. `ratio_p99` is of each over well.
 """
 
 import argparse
@@ -57,6 +59,56 @@ def train(output: Path) -> None:
                 dist.all_reduce(stop)
                 began = time.perf_counter()
     dist.destroy_process_group()
+
+
+def log_to_wandb(output: Path) -> None:
+    """The peer: the same values, each 5 ms, until it is killed; writes how long each `log` took as soon as it knows."""
+    import wandb
+
+    run = wandb.init(project="bench", mode="offline", dir=output, settings=wandb.Settings(silent=True))
+    values = {f"metric_{number}": 0.1 * number for number in range(10)}
+    with (output / "wandb.txt").open("w") as record:
+        while True:
+            began = time.perf_counter()
+            run.log(values)
+            record.write(f"{time.time()} {time.perf_counter() - began}\n")
+            record.flush()
+            time.sleep(STEP_S)
+
+
+def drive_wandb(output: Path, seconds: float) -> dict[str, object] | str:
+    """How long `wandb.log` took while its service process was well, and its longest stall while that was frozen."""
+    import importlib.util
+
+    import psutil
+
+    if importlib.util.find_spec("wandb") is None:
+        return "not installed: pip install -e .[bench]"
+    record = output / "wandb.txt"
+    with (output / "wandb.log").open("w") as log:
+        job = subprocess.Popen([sys.executable, __file__, "--wandb", str(output)], stdout=log, stderr=log)
+    frozen: list[psutil.Process] = []
+    try:
+        wait_for(lambda: record.exists() and record.stat().st_size > 10_000, 60, "W&B's first values")
+        frozen = psutil.Process(job.pid).children(recursive=True)
+        for process in frozen:
+            process.suspend()
+        froze = time.time()
+        time.sleep(seconds)  # what is measured is what the log calls do meanwhile
+        lines = [line.split() for line in record.read_text().splitlines() if len(line.split()) == 2]
+    finally:
+        job.kill()
+        job.wait(10)
+        for process in frozen:
+            process.kill()
+    well = sorted(float(took) for at, took in lines if float(at) < froze)
+    newest = max(float(at) for at, _ in lines)
+    longest = max((float(took) for at, took in lines if float(at) >= froze), default=0.0)
+    return {
+        "well_p99_ms": round(well[len(well) * 99 // 100] * 1000, 3),
+        "frozen_s": seconds,
+        "longest_stall_s": round(max(longest, froze + seconds - newest), 2),
+    }
 
 
 def wait_for(condition: object, timeout_s: float, what: str) -> None:
@@ -146,7 +198,9 @@ def drive(directory: Path, seconds: float, ranks: int) -> dict[str, object]:
         "steps": steps,
         "missing": missing,
         "lost": lost,
-        "ratio_p99": round(figures["frozen"]["p99"] / figures["well"]["p99"], 3),
+        "ratio_p99": {
+            name: round(found["p99"] / figures["well"]["p99"], 3) for name, found in figures.items() if name != "well"
+        },
     }
 
 
@@ -155,12 +209,17 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--train", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--wandb", type=Path, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.train is not None:
         train(given.train)
         return
+    if given.wandb is not None:
+        log_to_wandb(given.wandb)
+        return
     with tempfile.TemporaryDirectory(prefix="tcb-", dir="/tmp", ignore_cleanup_errors=True) as directory:
-        print(json.dumps({"bench": "frozen_hub"} | drive(Path(directory), given.seconds, given.ranks)))
+        line = {"bench": "frozen_hub"} | drive(Path(directory), given.seconds, given.ranks)
+        print(json.dumps(line | {"wandb": drive_wandb(Path(directory), given.seconds)}))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """How much a real hub takes in over the link: points a second, and its memory at half and at the end. One JSON line.
 
-usage: ingest.py [--points 1e7] [--metrics 10]
+usage: ingest.py [--points 1e7] [--metrics 10] [--rows N]
+
+The hub is fed as fast as it takes it. `--rows 2` is the shape of a run of 20 steps a second, whose batches are small:
+then what a batch costs counts, and not what a value does.
 
 The floor is this process decoding, encoding and writing the same batches, which is the least that a hub must do.
 """
@@ -27,8 +30,7 @@ _HOME = tempfile.TemporaryDirectory(prefix="tcb-")
 RUN_ID = "ingest-20260101-000000-0000"
 
 
-def batch(number: int, metrics: int, noise: bytes) -> Rows:
-    rows = CELLS // metrics
+def batch(number: int, rows: int, metrics: int, noise: bytes) -> Rows:
     steps = list(range(number * rows + 1, (number + 1) * rows + 1))
     start = 4 * (number * 104_729 % (len(noise) // 4 - CELLS))  # far apart, so that no two batches are alike
     columns = [
@@ -43,9 +45,11 @@ def pss_mb(process: psutil.Process) -> float:
     return float(process.memory_full_info().pss) / 2**20
 
 
-def floor_s(batches: int, metrics: int, noise: bytes) -> float:
+def floor_s(batches: int, rows: int, metrics: int, noise: bytes) -> float:
     """The least a hub must do: decode, encode anew, checksum, write, sync."""
-    packets = [codec.encode(LinkRecord(link=number, body=batch(number, metrics, noise))) for number in range(batches)]
+    packets = [
+        codec.encode(LinkRecord(link=number, body=batch(number, rows, metrics, noise))) for number in range(batches)
+    ]
     decode = codec.from_rank_decoder()
     began = time.perf_counter()
     with (Path(_HOME.name) / "floor").open("wb") as file:
@@ -61,9 +65,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--points", type=float, default=1e7)
     parser.add_argument("--metrics", type=int, default=10)
+    parser.add_argument(
+        "--rows", type=int, help="of a batch; a rank's own batches have the steps of 0.1 s (default: as many as fit)"
+    )
     given = parser.parse_args()
     os.environ |= {"TRAINCTL_HOME": f"{_HOME.name}/state", "TRAINCTL_CONFIG": f"{_HOME.name}/config"}
-    rows = CELLS // given.metrics
+    rows = given.rows or CELLS // given.metrics
     batches = int(given.points) // (rows * given.metrics)
     noise = np.random.default_rng(1).normal(size=1 << 20).astype("<f4").tobytes()
     directory = Path(_HOME.name) / "run"
@@ -77,10 +84,11 @@ def main() -> None:
     process = next(child for child in psutil.Process().children() if "trainctl.hub" in " ".join(child.cmdline()))
     before = pss_mb(process)
     half, ours_half = 0.0, 0.0
+    may_wait = min(60_000, 400 * CELLS // (rows * given.metrics))  # what is on disk is acknowledged once a second
     began = time.perf_counter()
     for number in range(batches):
-        link.record(batch(number, given.metrics, noise), time.monotonic())
-        while len(link._kept) > 400:  # the rank's own bound is a minute; here nothing may be dropped
+        link.record(batch(number, rows, given.metrics, noise), time.monotonic())
+        while len(link._kept) > may_wait:  # the rank's own bound is a minute; here nothing may be dropped
             link.tick(time.monotonic())
             wait_readable(link, 0.05)
         link.tick(time.monotonic())
@@ -94,7 +102,7 @@ def main() -> None:
     link.tell(LinkBye(state="finished", step=batches * rows))
     link.tick(time.monotonic())
     link.close()
-    floor = floor_s(min(batches, 1000), given.metrics, noise) / min(batches, 1000) * batches
+    floor = floor_s(min(batches, 1000), rows, given.metrics, noise) / min(batches, 1000) * batches
     process.terminate()
     process.wait(120)
     began = time.perf_counter()
@@ -109,6 +117,7 @@ def main() -> None:
             {
                 "bench": "ingest",
                 "points": points,
+                "batch": {"rows": rows, "metrics": given.metrics},
                 "points_per_s": round(points / took),
                 "ratio_to_decode_and_write": round(took / floor, 2),
                 "lost": link.lost + link.oversize,

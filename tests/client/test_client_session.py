@@ -110,6 +110,25 @@ def test_a_silent_hub_is_stale_and_what_was_known_stays() -> None:
         asyncio.run(scenario(running))
 
 
+def test_the_history_of_more_names_than_a_request_holds_arrives_whole() -> None:
+    names = [f"model.layers.{number}.self_attn.projection.grad_norm" for number in range(10_000)]
+
+    async def scenario() -> None:
+        async with session_with() as session:
+            await session.picture()
+            found = await session.history([*names, "nothing"])
+            assert list(found) == names
+            assert {points.columns["step"].tolist()[-1] for points in found.values()} == {2}
+            few = await session.history(names, points=400)
+            assert {int(points.columns["count"].sum()) for points in few.values()} == {2}
+
+    with hub() as running:
+        for first in range(0, len(names), 1000):
+            running.publish(rows(1, 2, **dict.fromkeys(names[first : first + 1000], 1.0)))
+        running.set_state(step=2)
+        asyncio.run(scenario())
+
+
 def test_long_histories_come_in_pages_and_arrive_whole() -> None:
     async def scenario() -> None:
         async with session_with() as session:

@@ -67,6 +67,23 @@ def test_every_rank_and_every_step_has_its_figures(tmp_path: Path) -> None:
         assert again[-1] == again[-1] | {"step": 21, "data": [47, 48]}, "40 batches were seen, seven passed over"
 
 
+def test_the_data_of_a_rank_that_reads_others_than_rank_0_are_in_the_history(tmp_path: Path) -> None:
+    with job("telemetry.py", 2, tmp_path, ["--steps", "100000", "--sleep", "0.02", "--uneven"]) as running:
+        running.until_step(45)
+        run = ["-r", str(running.directory)]
+
+        def told() -> list[list[float]]:
+            found: list[list[float]] = trainctl_json("history", "data_first.1", "data_last.1", *run).get(
+                "data_first.1", []
+            )
+            return found if len(found) > 40 else []
+
+        first = until(told, 20, what="rank 1's data")
+        steps = [point[0] for point in first]
+        assert steps == list(range(1, steps[-1] + 1)), "every step once"
+        assert [point[2] for point in first] == [3.0 * (step - 1) for step in steps]
+
+
 def test_bad_values_are_said_once_by_name_and_stop_nothing(tmp_path: Path) -> None:
     with job("telemetry.py", 1, tmp_path, ["--steps", "60", "--bad"]) as running:
         assert running.wait(90) == 0, running.log()
@@ -86,7 +103,8 @@ def test_bad_values_are_said_once_by_name_and_stop_nothing(tmp_path: Path) -> No
         assert status["dropped"] == sum(by_reason.values())
 
         texts = [event["text"] for event in events(run, "anomaly")]
-        for name in ("'text'", "'many'", "'nothing'", "'huge'", "'col\\x1b[31mour'", "more than 2000 metric names"):
+        odd = ("'text'", "'many'", "'nothing'", "'huge'", "'col\\x1b[31mour'", "'step' went back", "more than 2000")
+        for name in odd:
             assert len([text for text in texts if name in text]) == 1, (name, texts)
         assert len(texts) < 20
         assert "not a number" in running.log()
@@ -126,6 +144,17 @@ def test_a_hub_that_is_frozen_and_one_whose_disk_is_full_cost_training_and_histo
         assert loss_steps([*run]) == list(range(1, stopped["step"] + 1)), "and so says the journal"
 
 
+def test_a_hub_that_is_frozen_when_training_ends_holds_the_exit_up_for_seconds_and_it_is_said(tmp_path: Path) -> None:
+    with job("telemetry.py", 1, tmp_path, ["--steps", "150", "--sleep", "0.02"]) as running:
+        running.until_step(10)
+        (hub,) = [card.pid for card in read_cards() if card.kind == "hub"]
+        with frozen([hub]):
+            assert running.wait(90) == 0, running.log()
+            took = json.loads((running.output / "closing-0.json").read_text())
+        assert 3.0 <= took < 9.0, "three, and some for a busy machine"
+        assert "the hub did not take the last" in running.log()
+
+
 @contextlib.contextmanager
 def frozen(pids: list[int]) -> Iterator[None]:
     """Processes that cannot notice anything, and that die when the test is over."""
@@ -151,7 +180,7 @@ def sockets(pid: int) -> set[str]:
 
 def workers_of(running: Job, rank: int) -> list[int]:
     """The rank's data workers, and what else it started that is no process of trainctl's."""
-    until(lambda: len(list(running.output.glob("worker-*.json"))) == 2, 30, what="two workers")
+    until(lambda: len(list(running.output.glob("worker-0-*.json"))) == 2, 30, what="two workers")
     ours = ("trainctl.hub", "trainctl.agent")
     return [
         child.pid
@@ -160,19 +189,25 @@ def workers_of(running: Job, rank: int) -> list[int]:
     ]
 
 
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_a_killed_rank_is_noticed_although_its_workers_live_and_they_hold_nothing(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize(("method", "ranks"), [("fork", 2), ("forkserver", 2), ("spawn", 1)])
+def test_a_killed_rank_is_noticed_although_its_workers_live_and_they_hold_nothing(
+    tmp_path: Path, method: str, ranks: int
+) -> None:
     arguments = ["--steps", "100000", "--sleep", "0.02", "--workers", method]
-    with job("telemetry.py", 1, tmp_path, arguments) as running:
+    with job("telemetry.py", ranks, tmp_path, arguments) as running:
         running.until_step(5, timeout_s=90)
         run = ["-r", str(running.directory)]
         status = trainctl_json("status", *run)
         rank = status["ranks"][0]["pid"]
         workers = workers_of(running, rank)
-        told = [json.loads(path.read_text()) for path in running.output.glob("worker-*.json")]
+        told = [json.loads(path.read_text()) for path in running.output.glob("worker-0-*.json")]
+        opened = json.loads((running.output / "sockets-0.json").read_text())
+        assert len(opened["ports"]) == ranks - 1, "our own group listens where there are several ranks"
+        assert len(opened["attach"]) >= 4 * (ranks - 1), "and the store is connected to"
         assert {worker["pid"] for worker in told} <= set(workers)
         assert not [name for worker in told for name in worker["threads"] if "trainctl" in name]
-        assert not [pid for pid in workers if sockets(pid) & sockets(rank)], "no worker holds a socket of its rank"
+        shared = {pid: sockets(pid) & sockets(rank) for pid in workers}
+        assert all(held <= set(opened["script"]) for held in shared.values()), "no worker holds a socket of ours"
 
         os.kill(running.process.pid, signal.SIGSTOP)  # torchrun would end everything in an orderly way
         with frozen(workers):
@@ -180,10 +215,10 @@ def test_a_killed_rank_is_noticed_although_its_workers_live_and_they_hold_nothin
             os.kill(rank, signal.SIGKILL)
             until(lambda: trainctl_json("status", *run)["state"] == "lost", 20, what="lost")
             (lost,) = [event for event in events(run, "state") if event["state"] == "lost"]
-            assert lost["time"] - killed < 5.0, "two seconds, and some for a busy machine"
+            assert lost["time"] - killed < 2.0
 
             (hub,) = [card for card in read_cards() if card.kind == "hub"]
-            ports = {int(address.rsplit(":", 1)[1]) for address in hub.addresses} | {hub.publish_port}
+            ports = {int(address.rsplit(":", 1)[1]) for address in hub.addresses} | {hub.publish_port, *opened["ports"]}
             os.kill(hub.pid, signal.SIGTERM)
             until(lambda: not psutil.pid_exists(hub.pid) or _zombie(hub.pid), 20, what="the hub's end")
             assert not link_socket(status["id"]).exists()

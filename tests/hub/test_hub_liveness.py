@@ -61,6 +61,54 @@ def test_ranks_that_step_are_left_in_peace() -> None:
     assert told.news == []
 
 
+def test_a_scripts_own_evaluation_takes_as_long_as_it_takes_and_who_waits_for_it_is_left_in_peace() -> None:
+    told = Told()
+    told.well(20)
+    began = told.now
+    for _ in range(60):
+        at = told.now + 1.0
+        told.second(
+            figures(0, at, 20, "eval", began, "evaluating"), figures(1, at, 20, "communication", began), relay=True
+        )
+    told.well(5)
+    assert told.news == []
+    stuck = told.now
+    for _ in range(15):
+        at = told.now + 1.0
+        told.second(*(figures(rank, at, told.step, "communication", stuck) for rank in range(2)))
+    assert told.news == [(0, "stuck"), (1, "stuck")], "and what hangs after it is named"
+
+
+@pytest.mark.parametrize("state", ["evaluating", "checkpointing", "paused"])
+def test_the_time_in_which_no_step_was_due_does_not_count_for_the_next_one(state: str) -> None:
+    told = Told()
+    told.well(20)
+    for _ in range(30):
+        told.second(*(figures(rank, told.now + 1.0, 20, state=state) for rank in range(2)))
+    for _ in range(5):
+        told.second(*(figures(rank, told.now + 1.0, 20) for rank in range(2)))
+    assert told.news == []
+    for _ in range(5):
+        told.second(*(figures(rank, told.now + 1.0, 20) for rank in range(2)))
+    assert told.news == [(0, "stuck"), (1, "stuck")]
+
+
+def test_a_phase_that_was_never_seen_before_has_ten_seconds_and_one_that_is_known_to_be_short_is_named_within_ten() -> (
+    None
+):
+    for shares, named_after in (({}, 11), ({"forward": 0.01}, 8)):
+        told = Told()
+        for _ in range(20):
+            at = told.now + 1.0
+            reports = [figures(rank, at, told.step + 1, "backward", at - 0.01) for rank in range(2)]
+            told.second(*(msgspec.structs.replace(report, phases_s=shares) for report in reports))
+        since = told.now
+        while not told.news:
+            at = told.now + 1.0
+            told.second(figures(0, at, 20, "forward", since), figures(1, at, 20, "forward", since))
+        assert told.now - since == named_after
+
+
 def test_a_rank_of_which_nothing_is_heard_is_stuck_where_it_was_and_goes_on_later() -> None:
     told = Told()
     told.well(20)
@@ -83,11 +131,12 @@ def test_a_rank_that_stays_in_a_phase_is_stuck_in_it() -> None:
     told.well(20)
     for _ in range(12):
         waiting = figures(1, told.now + 1.0, 20, "communication", 20.0)
+        waiting = msgspec.structs.replace(waiting, phases_s={"communication": 0.01})
         told.second(figures(0, told.now + 1.0, told.step + 1, "data", told.now + 0.9), waiting)
     ((at, finding),) = told.found
     assert at - 20.0 <= 10.0
     assert finding.text.startswith("in communication for")
-    assert finding.text.endswith("after step 20")
+    assert finding.text.endswith("after step 20, usually 0.01 s")
 
 
 def test_a_phase_that_usually_takes_long_may() -> None:

@@ -1,6 +1,6 @@
 """Trains a line through noise, with what a careless or unlucky script does to its telemetry.
 
-usage: telemetry.py OUTPUT [--steps N] [--sleep S] [--workers fork|forkserver|spawn] [--bad]
+usage: telemetry.py OUTPUT [--steps N] [--sleep S] [--workers fork|forkserver|spawn] [--bad] [--uneven]
 """
 
 import argparse
@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -31,7 +32,19 @@ class Points(Dataset[Tensor]):
     def started(self, worker: int) -> None:
         """A worker tells what it runs on."""
         names = [thread.name for thread in threading.enumerate()]
-        (self.output / f"worker-{worker}.json").write_text(json.dumps({"pid": os.getpid(), "threads": names}))
+        rank = os.environ.get("RANK", "0")
+        (self.output / f"worker-{rank}-{worker}.json").write_text(json.dumps({"pid": os.getpid(), "threads": names}))
+
+
+def sockets() -> set[str]:
+    """As the kernel names them."""
+    targets = (str(entry.readlink()) for entry in Path("/proc/self/fd").iterdir() if entry.is_symlink())
+    return {target for target in targets if target.startswith("socket:")}
+
+
+def ports() -> set[int]:
+    """On which this process listens."""
+    return {known.laddr.port for known in psutil.Process().net_connections("tcp") if known.status == "LISTEN"}
 
 
 def odd(step: int) -> dict[str, object]:
@@ -48,6 +61,7 @@ def main() -> None:
     parser.add_argument("--sleep", type=float, default=0.0)
     parser.add_argument("--workers", choices=["fork", "forkserver", "spawn"])
     parser.add_argument("--bad", action="store_true")
+    parser.add_argument("--uneven", action="store_true", help="rank r makes a step of 2 + r micro-batches")
     given = parser.parse_args()
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
@@ -62,6 +76,7 @@ def main() -> None:
         else {}
     )
     loader = DataLoader(data, batch_size=16, worker_init_fn=data.started if given.workers else None, **workers)
+    own_sockets, own_ports = sockets(), ports()
     run = Run.attach(
         "telemetry",
         model=model,
@@ -73,6 +88,8 @@ def main() -> None:
         checkpoint_every=20,
         peak_flops=1e9,
     )
+    made = {"attach": sorted(sockets() - own_sockets), "ports": sorted(ports() - own_ports)}
+    (given.output / f"sockets-{rank}.json").write_text(json.dumps({"script": sorted(own_sockets)} | made))
     clip = run.tunable("clip", 1e-6, min=0.0)
     with run, (given.output / f"rank-{rank}.jsonl").open("w") as record:
         for micro_batch, inputs in enumerate(run.batches(), start=1):
@@ -81,7 +98,7 @@ def main() -> None:
                     loss = (model(inputs) - inputs.mean(dim=1, keepdim=True)).pow(2).mean() + rank
                 with run.phase("backward"):
                     (loss / 2).backward()
-            if micro_batch % 2:
+            if micro_batch % (2 + rank * given.uneven):
                 continue
             with run.phase("communication"):
                 norm = nn.utils.clip_grad_norm_(model.parameters(), clip.value)
@@ -94,6 +111,9 @@ def main() -> None:
             run.step_done(tokens=32 * ranks, samples=32 * ranks)
             line = {"step": run.step, "loss": loss.item(), "data": run.data_range(run.step)}
             print(json.dumps(line), file=record, flush=True)
+        began = time.monotonic()
+        run.close()
+        (given.output / f"closing-{rank}.json").write_text(json.dumps(time.monotonic() - began))
     if ranks > 1:
         dist.destroy_process_group()
 

@@ -69,6 +69,10 @@ class TestDropWatch:
         (again,) = watch.observe({"link": 51}, 100.0)
         assert "is being lost" in again
 
+    def test_memory_that_is_full_is_told_as_that(self) -> None:
+        told = DropWatch().observe({"link": 0, "link-memory": 3, "buffer-memory": 1}, 0.0)
+        assert ["fills its memory" in text and "over a minute" not in text for text in told] == [True, True]
+
     def test_bad_values_are_told_elsewhere_by_name(self) -> None:
         assert DropWatch().observe({"value": 3, "names": 9}, 0.0) == []
 

@@ -7,13 +7,14 @@ from collections import deque
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trainctl.trainer.buffer import Entry, NotANumber, Rewind, RowBuffer, StepMark
-from trainctl.trainer.device import Pools, ScalarPool
+from trainctl.trainer.device import Pools, ScalarPool, let_captures_be
 
 
 class MemoryEvent:
@@ -38,6 +39,10 @@ class MemoryDevice:
         self.numbers: deque[float] = deque()
         self.queue: deque[partial[None]] = deque()
         self.made = 0
+        self.captures = False
+
+    def capturing(self) -> bool:
+        return self.captures
 
     def copy(self, value: torch.Tensor, slot: int) -> None:
         assert value.shape == ()
@@ -195,6 +200,60 @@ def test_a_full_buffer_refuses_and_counts_but_never_a_rollback() -> None:
     buffer.put(mark(5))
     buffer.put(Rewind(3, 2, {}))
     assert (len(buffer), buffer.refused) == (3, 4)
+
+
+def test_nothing_of_ours_becomes_part_of_a_graph_that_is_captured() -> None:
+    rank = Rank()
+    rank.device.captures = True
+    rank.log(1, loss="1.0", acc=0.5)
+    assert not rank.device.queue
+    assert rank.buffer.not_copied == 1
+    rank.device.captures = False
+    rank.log(2, loss="2.0")
+    assert rank.device.queue
+
+
+def test_the_thread_that_asks_events_takes_itself_out_of_what_a_capture_forbids(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[tuple[str, int]] = []
+
+    class Runtime:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def cudaThreadExchangeStreamCaptureMode(self, mode: Any) -> int:  # noqa: N802 - CUDA's name
+            asked.append((self.name, mode._obj.value))
+            return 0
+
+    assert not let_captures_be(), "there is no device here"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr("ctypes.CDLL", Runtime)
+    assert let_captures_be()
+    assert asked == [("libcudart.so.12", 2)]
+
+
+def test_wide_calls_are_refused_and_counted_before_they_fill_the_memory_and_taken_again_when_there_is_room() -> None:
+    buffer = RowBuffer(values=2500)
+    wide = {f"layer_{number}": 1.0 for number in range(1000)}
+    for step in range(5):
+        buffer.log(step, dict(wide))
+    assert (len(buffer), buffer.refused, buffer.refused_wide) == (3, 0, 2)
+    assert len(buffer.take(10)) == 3
+    buffer.log(6, dict(wide))
+    assert (len(buffer), buffer.refused_wide) == (1, 2)
+
+
+def test_what_is_no_number_is_not_kept_alive() -> None:
+    buffer = RowBuffer()
+    buffer.log(1, {"text": "x" * 1000, "array": np.zeros(1000), "list": [1.0] * 1000, "scalar": np.float32(0.5)})
+    (entry,) = buffer.take(10)
+    assert not isinstance(entry, StepMark | Rewind)
+    kept = entry[2]
+    assert [kept[name] for name in ("text", "array", "list")] == [NotANumber(of) for of in ("str", "ndarray", "list")]
+    assert kept["scalar"] == 0.5
 
 
 @given(st.lists(st.tuples(st.sampled_from(["log", "work", "take"]), st.integers(1, 3)), max_size=80))

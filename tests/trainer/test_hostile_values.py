@@ -128,6 +128,9 @@ class Copier:
     def record(self, event: Any) -> None:
         pass
 
+    def capturing(self) -> bool:
+        return False
+
 
 def test_a_devices_scalar_that_cannot_be_copied_takes_no_other_with_it() -> None:
     pools = Pools()

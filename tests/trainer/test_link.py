@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
-from trainctl.trainer.link import HubProcess, Link
+from trainctl.trainer.link import KEEP_BYTES, HubProcess, Link, keep_bytes
 from trainctl.wire import codec
 from trainctl.wire.messages import (
     Column,
@@ -203,6 +203,30 @@ def test_a_hub_frozen_for_longer_misses_exactly_what_is_counted(pair: Pair) -> N
     assert pair.link.lost == len(missing)
     assert arrived[-int(KEEP_S) :] == list(range(pair.step - int(KEEP_S) + 1, pair.step + 1)), "the newest are kept"
     assert pair.link.drained()
+
+
+def test_what_memory_did_not_hold_is_counted_apart_from_what_waited_for_too_long(pair: Pair) -> None:
+    pair.link._keep_bytes = 100_000
+    pair.meet()
+    pair.train(int(KEEP_S), columns=500)  # three records of 30 kB fit
+    pair.hub.die()
+    pair.link.tick(pair.now)  # notices
+    pair.hub = FakeHub()
+    pair.meet()
+    pair.settle()
+    assert pair.link.lost == pair.step - len(pair.hub.steps()) > 0
+    assert pair.link.crowded == pair.link.lost, "none of it was a minute old"
+    lost, pair.link._keep_bytes = pair.link.lost, KEEP_BYTES[0]
+    pair.hub.die()
+    pair.train(int(KEEP_S) * 2)
+    assert (pair.link.crowded, pair.link.lost > lost) == (lost, True), "and these only waited"
+
+
+def test_how_much_is_kept_depends_on_the_memory_that_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = {"SC_AVPHYS_PAGES": 0, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr("os.sysconf", lambda name: pages[name])
+    kept = [keep_bytes() for pages["SC_AVPHYS_PAGES"] in (0, 2 * 2**20, 2**30)]
+    assert kept == [KEEP_BYTES[0], 2 * 2**20 * 4096 // 50, KEEP_BYTES[1]]
 
 
 def test_what_waits_for_a_frozen_hub_does_not_grow(pair: Pair) -> None:

@@ -65,6 +65,23 @@ def test_a_phase_within_itself_counts_once(clock: Clock) -> None:
     assert phases.take() == {"optimizer": 3.0}
 
 
+def test_an_evaluation_or_a_save_of_the_scripts_own_is_a_state_of_the_run_once_it_lasts(clock: Clock) -> None:
+    phases = Phases()
+    assert phases.busy() is None
+    with phases.get("eval"):
+        clock.now += 0.5
+        assert phases.busy() is None, "it would only flicker"
+        clock.now += 1.0
+        with phases.get("forward"):
+            assert phases.busy() == "eval"
+    with phases.get("checkpoint"):
+        clock.now += 2.0
+        assert phases.busy() == "checkpoint"
+    with phases.get("forward"):
+        clock.now += 60.0
+        assert phases.busy() is None
+
+
 def test_a_phase_that_raises_is_closed(clock: Clock) -> None:
     phases = Phases()
     with contextlib.suppress(KeyError), phases.get("forward"):
@@ -126,6 +143,10 @@ class TimedDevice:
         self.queue: deque[TimedEvent | float] = deque()
         self.made = 0
         self.now = 0.0
+        self.captures = False
+
+    def capturing(self) -> bool:
+        return self.captures
 
     def event(self) -> TimedEvent:
         self.made += 1
@@ -151,6 +172,20 @@ class TimedDevice:
 
     def read(self, slot: int) -> float:
         raise NotImplementedError
+
+
+def test_while_a_graph_is_captured_no_event_is_recorded_and_nothing_counts_as_lost() -> None:
+    device = TimedDevice()
+    phases = Phases(device)
+    device.captures = True
+    with phases.get("backward"):
+        pass
+    assert (list(device.queue), phases.take(), phases.lost) == ([], {}, 0)
+    device.captures = False
+    with phases.get("backward"):
+        device.busy(3.0)
+    device.work()
+    assert phases.take() == {"backward": 3.0}
 
 
 def test_a_devices_phase_is_known_when_the_device_came_to_its_end() -> None:

@@ -5,12 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainctl.trainer.buffer import Entry, NotANumber, Rewind, StepMark
-from trainctl.trainer.rows import NAMES_LIMIT, RowMaker
+from trainctl.trainer.names import NAMES_LIMIT
+from trainctl.trainer.rows import RowMaker
 from trainctl.wire import codec
 from trainctl.wire.messages import LinkRecord, Rows
 
 
-def logged(step: int, **values: object) -> Entry:
+def logged(step: int, /, **values: object) -> Entry:
     return (step, float(step), values, ())
 
 
@@ -78,6 +79,44 @@ def test_each_bad_name_and_value_is_said_once() -> None:
     assert maker.refused_names == 3 * 2
 
 
+def test_a_name_that_is_another_ones_without_its_control_characters_never_takes_its_place() -> None:
+    for first, second in (("loss", "lo\x1bss"), ("lo\x1bss", "loss")):
+        maker = RowMaker(attempt=1)
+        values = {"loss": 1.0, "lo\x1bss": 99.0}
+        made = maker.feed([logged(1, **{name: values[name] for name in (first, second)}), mark(1)])
+        made += maker.feed([logged(2, **{name: values[name] for name in (first, second)}), mark(2)])
+        assert table(made)["loss"] == [(1, 1.0), (2, 1.0)]
+        assert len([text for text in maker.complaints if "'lo\\x1bss' is left out" in text]) == 1
+    maker = RowMaker(attempt=1)
+    long = "n" * 300
+    (rows,) = maker.feed([logged(1, **{f"{long}a": 1.0, f"{long}b": 2.0}), mark(1)])
+    assert table([rows])["n" * 200] == [(1, 1.0)]
+    assert "b' is left out" in maker.complaints[1]
+    assert maker.refused_names == 1
+
+
+def test_the_runs_own_figures_stand_and_a_script_that_logs_others_by_their_names_hears_of_it_once() -> None:
+    maker = RowMaker(attempt=1)
+    made = []
+    for step in range(1, 4):
+        made += maker.feed([logged(step, lr=7.0, data_first=3.0, lr_scheduled=0.2), mark(step, data=(1, 2))])
+    assert table(made)["lr"] == [(1, 0.1), (2, 0.1), (3, 0.1)]
+    assert table(made)["data_first"] == [(1, 1.0), (2, 1.0), (3, 1.0)]
+    assert [text.split()[1] for text in maker.remarks] == ["'lr'", "'data_first'"], "the third is the same in both"
+    assert not maker.complaints
+
+
+def test_a_scripts_own_count_that_goes_back_is_told_once_by_name_unless_a_rollback_took_it_back() -> None:
+    maker = RowMaker(attempt=1)
+    maker.feed([logged(3, step=3, **{"train/global_step": 3.0}), mark(3), Rewind(1, 2, {})])
+    maker.feed([logged(2, step=2, **{"train/global_step": 2.0}, loss=1.0), mark(2)])
+    assert not maker.remarks
+    for step in range(3, 6):
+        maker.feed([logged(step, step=-step, **{"train/global_step": float(step)}, loss=-step), mark(step)])
+    (told,) = maker.remarks
+    assert told.startswith("metric 'step' went back from 2 to -3: ")
+
+
 def test_a_value_whose_class_raises_anything_is_refused() -> None:
     class Odd:
         def __float__(self) -> float:
@@ -96,7 +135,7 @@ def test_names_without_end_are_bounded_and_said_once() -> None:
     assert len([text for text in maker.complaints if "metric names" in text]) == 1
     assert maker.refused_names == 10_000 - NAMES_LIMIT
     assert len(maker.newest) == NAMES_LIMIT
-    assert len(maker._names) == NAMES_LIMIT
+    assert len(maker._names.shown) == NAMES_LIMIT
 
 
 @given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 120))

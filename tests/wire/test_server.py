@@ -16,6 +16,8 @@ from trainctl.wire.messages import (
     CommandReply,
     CommandRequest,
     Envelope,
+    History,
+    HistoryRequest,
     NodeReading,
     Nodes,
     NodesRequest,
@@ -87,6 +89,21 @@ def test_a_viewer_may_look_and_not_act(tmp_path: Path) -> None:
                 assert refusal.value.code == "not_allowed"
             grants.unlink()
             assert server._authority.who(viewer.public) is None
+            peer.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_request_that_is_too_large_is_told_so_under_its_own_number() -> None:
+    async def scenario() -> None:
+        async with serving() as server:
+            peer = await connect(server, user_keys())
+            names = [f"model.layers.{number}.self_attn.grad_norm" for number in range(10_000)]
+            for metrics in (names, ["n" * 100_000]):
+                with pytest.raises(Refused, match="over the limit of 65536") as refusal:
+                    await peer.ask(HistoryRequest(req=0, metrics=metrics), History, timeout_s=10)
+                assert refusal.value.code == "too_large"
+            assert isinstance(await peer.ask(NodesRequest(req=0), Nodes), Nodes), "and the next one is answered"
             peer.close()
 
     asyncio.run(scenario())

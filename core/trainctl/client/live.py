@@ -10,7 +10,7 @@ from trainctl.client.commanding import Commanding, make_command
 from trainctl.client.connection import Connection
 from trainctl.client.errors import ClientError
 from trainctl.client.model import EVENTS_KEPT, Item, RunModel
-from trainctl.client.points import Points, all_pages
+from trainctl.client.points import Points, all_pages, by_request
 from trainctl.client.wire_errors import from_peer
 from trainctl.wire.commands import Action
 from trainctl.wire.follower import EnvelopeReader, Follower, SourceGone, ask_range
@@ -170,15 +170,22 @@ class LiveSession:
         points: int | None = None,
         incarnation: int | None = None,
     ) -> dict[str, Points]:
-        request = HistoryRequest(
-            req=0,
-            metrics=list(metrics),
-            from_step=from_step,
-            to_step=to_step,
-            points=points,
-            incarnation=incarnation,
-        )
-        return await all_pages(request, lambda page: self._ask(page, History))
+        parts, state = by_request(metrics), self.model.state
+        if len(parts) > 1 and points is None and state is not None and incarnation in {None, state.incarnation}:
+            # Steps go on between the requests: up to here every part has all of a step's values.
+            to_step = state.step if to_step is None else min(to_step, state.step)
+        found: dict[str, Points] = {}
+        for names in parts:
+            request = HistoryRequest(
+                req=0,
+                metrics=names,
+                from_step=from_step,
+                to_step=to_step,
+                points=points,
+                incarnation=incarnation,
+            )
+            found |= await all_pages(request, lambda page: self._ask(page, History))
+        return found
 
     async def events(
         self,

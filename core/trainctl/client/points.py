@@ -6,12 +6,16 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from trainctl.wire.codec import CONTROL_LIMIT
 from trainctl.wire.messages import History, HistoryRequest
 
 if TYPE_CHECKING:
     import numpy as np
 
 _INTEGERS = frozenset({"step", "incarnation", "count", "nonfinite"})
+# Of one request: an answer has a fixed size to share out, so more names would get coarser rollups each.
+_NAMES_A_REQUEST = 100
+_NAMES_BYTES = CONTROL_LIMIT // 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +29,20 @@ class Points:
 
     def __len__(self) -> int:
         return len(self.columns["step"]) if "step" in self.columns else 0
+
+
+def by_request(metrics: Sequence[str]) -> list[list[str]]:
+    """The names in as many parts as requests are needed to ask for all of them; at least one part, maybe empty."""
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name in dict.fromkeys(metrics):
+        needed = len(name.encode()) + 5  # what MessagePack puts before a string, at most
+        if parts[-1] and (len(parts[-1]) >= _NAMES_A_REQUEST or size + needed > _NAMES_BYTES):
+            parts.append([])
+            size = 0
+        parts[-1].append(name)
+        size += needed
+    return parts
 
 
 async def all_pages(request: HistoryRequest, ask: Callable[[HistoryRequest], Awaitable[History]]) -> dict[str, Points]:

@@ -25,6 +25,10 @@ class DecodeError(ValueError):
     """The other side sent bytes that are no message of this protocol."""
 
 
+class TooLarge(DecodeError):
+    """The same, because they are more than the limit."""
+
+
 class Decoder(msgspec.Struct):
     """Decodes one type with a size limit and counts what it refused."""
 
@@ -36,7 +40,7 @@ class Decoder(msgspec.Struct):
         """Raises `DecodeError`; nothing else, whatever the bytes are."""
         if len(data) > self.limit:
             self.refused += 1
-            raise DecodeError(f"a message of {len(data)} bytes is over the limit of {self.limit}")
+            raise TooLarge(f"a message of {len(data)} bytes is over the limit of {self.limit}")
         try:
             decoded: object = self.inner.decode(data)
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, ValueError) as error:

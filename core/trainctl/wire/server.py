@@ -274,7 +274,7 @@ class Server:
                 request = self._decode(payload.bytes)
             except codec.DecodeError as error:
                 number = _number_of(payload.bytes)
-                refusal = ErrorReply(req=number, code="bad_request", message=str(error))
+                refusal = _refusal_of(number, error)
                 self.reply(Caller(route=route.bytes, req=number, actor=actor), refusal)
                 continue
             caller = Caller(route=route.bytes, req=request.req, actor=actor)  # type: ignore[attr-defined]
@@ -380,14 +380,26 @@ def _bind(socket: zmq.asyncio.Socket, host: str, port: int) -> int:
     raise AssertionError("unreachable: binding any port either works or raises")
 
 
+def _refusal_of(number: int, error: codec.DecodeError) -> ErrorReply:
+    """What whoever sent an unreadable request is told."""
+    if isinstance(error, codec.TooLarge):
+        hint = "ask for less at once: fewer metrics in a request, and the others in further ones"
+        return ErrorReply(req=number, code="too_large", message=str(error), hint=hint)
+    return ErrorReply(req=number, code="bad_request", message=str(error))
+
+
 class _Numbered(msgspec.Struct):
     req: int = 0
 
 
 def _number_of(payload: bytes) -> int:
-    """The number of a request that is otherwise wrong, so that whoever sent it hears so; 0 if it has none."""
+    """The number of a request that is otherwise wrong, so that whoever sent it hears so; 0 if it has none.
+
+    Of one that is too large all is read, because half a message has no fields; what is not asked for is skipped and
+    never built, and no frame has more than a few megabytes.
+    """
     try:
-        return msgspec.msgpack.decode(payload[: codec.CONTROL_LIMIT], type=_Numbered).req
+        return msgspec.msgpack.decode(payload, type=_Numbered).req
     except (msgspec.MsgspecError, RecursionError, ValueError):
         return 0
 

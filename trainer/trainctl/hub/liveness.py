@@ -1,8 +1,10 @@
 """Which rank is dead or stuck. Pure: the clock is an argument.
 
 *Dead* is what the agent of its node says: its process is gone and it did not end well. *Stuck* is a rank of which no
-figures come, or which stays in one phase for longer than the larger of `AT_LEAST_S` and five times that phase's median;
-where it is in no phase, the same holds for the time since its last step.
+figures come, or which stays in one phase for longer than the larger of `AT_LEAST_S` and five times that phase's median
+(`UNKNOWN_S` while no median is known); where it is in no phase, the same holds for the time since its last step.
+An evaluation or a save takes as long as it takes until three of them are known, and while one rank is at it the others
+may wait for it.
 
 A rank's figures come by way of the store and rank 0. Where rank 0 itself is not heard the others are not judged, and
 where rank 0 is heard and brings nobody's figures, the store is to blame and not the ranks.
@@ -18,7 +20,9 @@ from trainctl.wire.messages import ProcessReading, RankFigures, RankPlace, Sever
 
 # Figures are made, relayed and looked at once a second each: this is told within ten.
 AT_LEAST_S: Final = 7.5
+UNKNOWN_S: Final = 10.0
 MEDIANS: Final = 5.0
+_KNOWN_BUSY = 3  # the first evaluation is often a short trial of it
 RELAY_S: Final = 3.0
 STORE_S: Final = 5.0
 _AWAKE_S = 5.0  # as in `stalled`: time in which the hub itself stood still counts for nothing
@@ -26,6 +30,7 @@ _OBSERVED = 50
 _SAME_S = 0.05  # two readings of when a phase began differ by how the clocks are read
 _BUSY = frozenset({"evaluating", "checkpointing"})  # as long as it takes, unless it is known how long that is
 _NOT_JUDGED = frozenset({"starting", "paused"})
+_NO_STEP_DUE = _BUSY | _NOT_JUDGED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +51,12 @@ class _Rank:
     heard_at: float
     stepped_at: float
     figures: RankFigures | None = None
+    excused_at: float = float("-inf")  # until then it may have waited for a rank that was busy
     judged: str | None = None  # "stuck", "dead" or "left"
     seen_alive: bool = False
     steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=_OBSERVED))
-    phases_s: dict[str, deque[float]] = field(default_factory=dict)
+    phases_s: dict[str, deque[float]] = field(default_factory=dict)  # stays that reports met
+    shares_s: dict[str, float] = field(default_factory=dict)  # of a step, by phase
 
     @property
     def where(self) -> str:
@@ -59,18 +66,27 @@ class _Rank:
             return "before its first report"
         return f"after step {figures.step}" + (f" in {figures.phase}" if figures.phase else "")
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether others may be waiting for its evaluation or its save."""
+        return self.judged is None and self.figures is not None and self.figures.state in _BUSY
+
     def take(self, figures: RankFigures, now: float) -> None:
         before, self.figures, self.heard_at = self.figures, figures, now
         if before is None:
             self.stepped_at = now
             return
+        self.shares_s |= figures.phases_s
         if figures.step != before.step:
-            if figures.step > before.step and before.state not in _NOT_JUDGED:
+            if figures.step > before.step and before.state not in _NO_STEP_DUE:
                 self.steps_s.append((now - self.stepped_at) / (figures.step - before.step))
             self.stepped_at = now
+        elif before.state in _NO_STEP_DUE and figures.state not in _NO_STEP_DUE:
+            self.stepped_at = now  # the next step begins here
         if before.phase is not None and before.phase_since is not None and not same_phase(before, figures):
-            kept = self.phases_s.setdefault(before.phase, deque(maxlen=_OBSERVED))
-            kept.append(before.time - before.phase_since)
+            stay_s = before.time - before.phase_since
+            if before.state in _BUSY or self.excused_at < now - stay_s:  # waiting for somebody says nothing of a phase
+                self.phases_s.setdefault(before.phase, deque(maxlen=_OBSERVED)).append(stay_s)
 
     def shift(self, by_s: float) -> None:
         self.heard_at += by_s
@@ -87,13 +103,18 @@ class _Rank:
         if figures.phase is not None and figures.phase_since is not None:
             known = self.phases_s.get(figures.phase)
             for_s = figures.time - figures.phase_since + silent_s
-            what = f"in {figures.phase} for {for_s:.0f} s"
+            where = f"in {figures.phase}"
         else:
             known, for_s = self.steps_s, now - self.stepped_at
-            what = f"no step for {for_s:.0f} s"
-        median_s = statistics.median(known) if known else None
-        if (median_s is None and figures.state in _BUSY) or for_s <= max(AT_LEAST_S, MEDIANS * (median_s or 0.0)):
+            where = "no step"
+        # A short phase is hardly ever met by a report; then what it takes of a step on average says that it is short.
+        median_s = statistics.median(known) if known else self.shares_s.get(figures.phase or "")
+        if figures.state in _BUSY and len(known or ()) < _KNOWN_BUSY:
             return None
+        limit_s = UNKNOWN_S if median_s is None else max(AT_LEAST_S, MEDIANS * median_s)
+        if min(for_s, now - self.excused_at) <= limit_s:
+            return None
+        what = f"{where} for {for_s:.0f} s"
         usual = f", usually {median_s:.3g} s" if median_s is not None else ""
         return f"{what} after step {figures.step}{usual}"
 
@@ -164,7 +185,10 @@ class Liveness:
         muted = now - self._relay_at > RELAY_S
         self.store_silent = not muted and self._figures_at is not None and now - self._figures_at > STORE_S
         found = []
+        busy = {number for number, rank in self._ranks.items() if rank.is_busy}
         for number, rank in self._ranks.items():
+            if busy - {number}:
+                rank.excused_at = now
             if number == 0:
                 rank.heard_at = max(rank.heard_at, self._relay_at)
             if self.store_silent or (muted and number != 0):

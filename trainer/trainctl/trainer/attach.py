@@ -23,13 +23,14 @@ from trainctl.trainer.checkpoint.errors import RanksLost
 from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
 from trainctl.trainer.control import Control
 from trainctl.trainer.core import Callbacks, Core
+from trainctl.trainer.descriptors import OwnSockets
 from trainctl.trainer.device import Accelerator, Pools
 from trainctl.trainer.feed import Feed
 from trainctl.trainer.figures import gpu_uuid
 from trainctl.trainer.flops import FlopMeter
 from trainctl.trainer.identity import RunIdentity, job_id, rank_identity, share_run
 from trainctl.trainer.leader import Leader, Prepared
-from trainctl.trainer.link import HubProcess, Link
+from trainctl.trainer.link import HubProcess, Link, keep_bytes
 from trainctl.trainer.meeting import Connection, Meeting, StoreSilent
 from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
@@ -81,13 +82,15 @@ class Parts:
     tracked: dict[str, Any]
     preemption: Preemption
     group: Any = None
+    sockets: OwnSockets = field(default_factory=OwnSockets)
 
 
 def start(script: Script) -> Parts:
     """Attach this rank. A collective: every rank of the job calls it."""
-    place = rank_identity()
-    group = _own_group(place.world_size)
-    identity, secret = share_run(script.name, place, group)
+    place, sockets = rank_identity(), OwnSockets()
+    with sockets.opening():
+        group = _own_group(place.world_size)
+        identity, secret = share_run(script.name, place, group)  # gloo may connect only when it is first used
     pools, device = Pools(), _device()
     pools.prepare()
     core = Core(
@@ -112,10 +115,11 @@ def start(script: Script) -> Parts:
     alone_or_grouped = place.world_size == 1 or group is not None
     if identity.problem is None and alone_or_grouped and (script.models or script.optimizers):
         core.checkpointer = _checkpointer(script, core, group, tracked)
-    connections, agreement_problem = _connections(place.world_size, group, identity, secret, leads=place.leads)
+    with sockets.opening():
+        connections, agreement_problem = _connections(place.world_size, group, identity, secret, leads=place.leads)
     core.capabilities = capabilities(script, core, agreement_problem)
     parts = _threads(script, core, connections, tracked)
-    parts.group = group
+    parts.group, parts.sockets = group, sockets
     return parts
 
 
@@ -252,7 +256,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
     if place.leads:
         hub = HubProcess(run_id=identity.id, name=identity.name, directory=identity.directory)
         with _telling("the run is not shown"):
-            link = Link(run_id=identity.id, hub=hub, hello=lambda: _hello(script, core))
+            link = Link(run_id=identity.id, hub=hub, hello=lambda: _hello(script, core), keep_bytes=keep_bytes())
     if connections is not None and connections.leading is not None:
         leader = Leader(
             world_size=place.world_size,

@@ -13,6 +13,13 @@ import torch
 from trainctl.trainer.device import Arrival, Pools
 
 CAPACITY = 100_000
+# A logged float takes about 75 bytes of a waiting call (its object and its place in a dict). Calls of more than
+# `NARROW` values are bounded in values, 75 MB in all; the others by their number alone: 150 MB.
+VALUES = 1_000_000
+NARROW = 20
+# What is no number is not kept alive until the sender sees that.
+_SMALL_BYTES = 64
+_NO_NUMBERS = (str, bytes, bytearray, list, tuple, dict, set)
 
 # (step, time, values, device scalars among them that are still on their way)
 Logged: TypeAlias = tuple[int, float, dict[str, Any], tuple[Arrival, ...]]
@@ -53,12 +60,16 @@ _ON_ITS_WAY = NotANumber("value that never arrived")
 
 
 class RowBuffer:
-    """Bounded: when the sender cannot keep up, the newest entries are refused and counted, training goes on."""
+    """Bounded in entries and in values, which is in bytes: when the sender cannot keep up, the newest entries are
+    refused and counted, training goes on."""
 
-    def __init__(self, capacity: int = CAPACITY, *, pools: Pools | None = None) -> None:
+    def __init__(self, capacity: int = CAPACITY, *, values: int = VALUES, pools: Pools | None = None) -> None:
         self.entries: deque[Entry] = deque()
         self.capacity = capacity
+        self.room = values  # how many values the training thread may ever have put; raised as the sender takes them
+        self.put_values = 0  # written by the training thread alone
         self.refused = 0  # calls and marks for which there was no room
+        self.refused_wide = 0  # calls that would have made what waits take too much memory
         self.not_copied = 0  # device scalars for which there was no slot
         self.not_read = 0  # device scalars that the device failed to bring
         self._pools = pools or Pools()
@@ -68,8 +79,12 @@ class RowBuffer:
         if len(self.entries) >= self.capacity:
             self.refused += 1
             return
+        if self.put_values >= self.room and len(values) > NARROW:
+            self.refused_wide += 1
+            return
         arrivals = self._settle(values)
         if values:
+            self.put_values += len(values) if len(values) > NARROW else 0
             self.entries.append((step, time.time(), values, arrivals))
 
     def put(self, entry: StepMark | Rewind) -> None:
@@ -88,8 +103,11 @@ class RowBuffer:
         entries = self.entries
         while entries and len(taken) < limit:
             first = entries[0]
-            if not isinstance(first, StepMark | Rewind) and first[3] and not self._landed(first):
-                break
+            if not isinstance(first, StepMark | Rewind):
+                count = len(first[2])  # before it lands: a device that failed takes values away
+                if first[3] and not self._landed(first):
+                    break
+                self.room += count if count > NARROW else 0
             taken.append(entries.popleft())
         return taken
 
@@ -114,6 +132,8 @@ class RowBuffer:
                 continue
             try:
                 if not isinstance(value, torch.Tensor):
+                    if isinstance(value, _NO_NUMBERS) or getattr(value, "nbytes", 0) > _SMALL_BYTES:
+                        values[name] = NotANumber(type(value).__name__)
                     continue
                 settled = _settled(value)
                 if isinstance(settled, torch.Tensor):

@@ -20,9 +20,11 @@ from trainctl.trainer.ranges import DataRanges
 from trainctl.trainer.reverts import Reverts
 from trainctl.trainer.tunables import Tunables
 from trainctl.wire.commands import Command
-from trainctl.wire.messages import Anomaly, Event, Note, RankPlace, RunStateName
+from trainctl.wire.messages import Anomaly, Event, Note, RankPlace, RunStateName, Severity
 
 log = logging.getLogger(__name__)
+
+_BUSY: dict[str, RunStateName] = {"eval": "evaluating", "checkpoint": "checkpointing"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,14 +128,16 @@ class Core:
         if self.place.leads:
             self.buffer.log(step, dict(values))
 
-    def complain(self, what: str, text: str) -> None:
+    def complain(self, what: str, text: str, severity: Severity = "warning") -> None:
         """Something that is not as it should be: said once, in the log and to the operator."""
         if text in self._complained or len(self._complained) > 1000:
             return
         self._complained.add(text)
         log.warning("trainctl: %s", text)
         step, incarnation = self.boundary.completed, self.incarnation
-        self.event(Anomaly(time=time.time(), step=step, incarnation=incarnation, what=what, text=text))
+        self.event(
+            Anomaly(time=time.time(), step=step, incarnation=incarnation, what=what, text=text, severity=severity)
+        )
 
     def lost_telemetry(self, text: str) -> None:
         """Telemetry began to be lost, or no longer is."""
@@ -147,4 +151,6 @@ class Core:
             return "paused"
         if self.doing is not None:
             return self.doing
+        if (busy := self.phases.busy()) is not None:
+            return _BUSY[busy]
         return "starting" if self.boundary.completed == self.first_step else "running"

@@ -6,15 +6,47 @@ events are a ring that is made once and reused: when the device lags so far behi
 given up and counted, and training goes on.
 """
 
+import contextlib
+import ctypes
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
 
 SLOTS = 4096
 CALLS = 1024
+_RELAXED: Final = 2  # cudaStreamCaptureModeRelaxed, and HIP's
+
+
+def let_captures_be() -> bool:
+    """Call once in a thread that asks events: without it, a query here fails the capture of a CUDA graph elsewhere.
+
+    CUDA forbids such calls to every thread while one captures in the global mode, which is torch's default; a thread
+    may take itself out of that. Returns whether it could be done; there is nothing to do without a device.
+    """
+    if not (torch.cuda.is_available() and torch.cuda.is_initialized()):
+        return False
+    version = str(torch.version.cuda or "").partition(".")[0]
+    known = [(f"libcudart.so.{version}", "cudaThreadExchangeStreamCaptureMode")] if version else []
+    if getattr(torch.version, "hip", None):
+        known = [("libamdhip64.so", "hipThreadExchangeStreamCaptureMode")]
+    for library, function in known:
+        with contextlib.suppress(OSError, AttributeError):
+            return bool(getattr(ctypes.CDLL(library), function)(ctypes.byref(ctypes.c_int(_RELAXED))) == 0)
+    return False
+
+
+def _never() -> bool:
+    return False
+
+
+def capturing(device: torch.device) -> Callable[[], bool]:
+    """Whether the calling thread's current stream is capturing a graph: then what is queued happens at each replay."""
+    if device.type != "cuda":
+        return _never
+    return torch.cuda.is_current_stream_capturing
 
 
 class Event(Protocol):
@@ -42,6 +74,9 @@ class Device(Protocol):
     def record(self, event: Any) -> None:
         """Queue an event behind everything queued so far."""
 
+    def capturing(self) -> bool:
+        """Whether what is queued now becomes part of a graph, and is not done now."""
+
 
 class Accelerator:
     """A CUDA or ROCm device, or another whose torch module has streams and events (XPU).
@@ -53,6 +88,7 @@ class Accelerator:
         module: Any = torch.get_device_module(device)
         self._new_event, self._stream, self._device = module.Event, module.current_stream, device
         self._timing = timing
+        self.capturing = capturing(device)
         # float64 holds every value of every narrower type; the device converts before it copies.
         pinned = torch.zeros(slots, dtype=torch.float64, pin_memory=True) if slots else torch.zeros(0)
         self._slots = pinned.unbind()
@@ -113,6 +149,8 @@ class ScalarPool:
 
     def send(self, names: Sequence[str], values: Sequence[Tensor]) -> Arrival | None:
         """Start the copies; None when there is no room. Raises RuntimeError for what cannot be copied."""
+        if self._device.capturing():
+            return None  # the copy would become part of the graph, and write into the slot at every replay
         if self._taken + len(values) - self._released > self._slots or not self._free:
             return None
         first = self._taken

@@ -8,9 +8,11 @@ CALM_S = 10.0
 # What is said of a reason; the others (`value`, `names`) are said of each metric, by name.
 _WORDS: dict[str, str] = {
     "buffer": "the sender thread cannot keep up with run.log(): log less often",
+    "buffer-memory": "what waits for the sender thread fills its memory: log fewer metrics, or less often",
     "link": "the hub did not take them for over a minute",
+    "link-memory": "the hub does not take them, and what waits for it fills its memory before a minute is over",
     "size": "a row or an event is too large for a packet",
-    "device": "the device lags too far behind, or failed",
+    "device": "the device lags too far behind, captured a graph, or failed",
     "phase": "the device lags too far behind its timers",
 }
 

@@ -7,7 +7,6 @@ from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import msgspec
 import torch
 
 from trainctl.trainer import steering
@@ -18,9 +17,6 @@ from trainctl.wire.messages import LrState, RankFigures, RunState
 
 _WINDOW_S = 15.0
 _PAGE = os.sysconf("SC_PAGE_SIZE")
-
-encode_figures = msgspec.msgpack.Encoder().encode
-decode_figures = msgspec.msgpack.Decoder(RankFigures).decode
 
 
 def gpu_uuid() -> str | None:

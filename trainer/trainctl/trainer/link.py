@@ -1,7 +1,7 @@
 """Rank 0's end of the link to the hub: one AF_UNIX SOCK_SEQPACKET socket that never blocks, and the hub's process.
 
-What was not acknowledged as written to disk is kept for a minute and sent again to a hub that came back. A hub that is
-frozen longer than that loses the oldest, counted.
+What was not acknowledged as written to disk is kept for a minute, in bounded memory, and sent again to a hub that came
+back. A hub that is frozen for longer, or under a run that logs more than the memory holds, loses the oldest, counted.
 """
 
 import contextlib
@@ -36,7 +36,9 @@ from trainctl.wire.rundir import RunDir
 log = logging.getLogger(__name__)
 
 KEEP_S = 60.0
-KEEP_BYTES = 64 * 1024 * 1024
+# Of the memory that is free when the link is made a fiftieth, within these: a minute of 4 MB/s of encoded rows at most.
+KEEP_BYTES = (64 * 1024 * 1024, 256 * 1024 * 1024)
+_KEEP_SHARE = 50
 _SEND_BUFFER = 4 * 1024 * 1024
 _PACKET_LIMIT = 128 * 1024  # a larger packet may not fit the socket's buffer at all, and would never be sent
 _RECEIVE = codec.DATA_LIMIT
@@ -85,6 +87,15 @@ class HubProcess:
             self._child.poll()
 
 
+def keep_bytes() -> int:
+    """How much memory what waits for the hub may take."""
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        free = 0
+    return max(KEEP_BYTES[0], min(KEEP_BYTES[1], free // _KEEP_SHARE))
+
+
 # A record that is not known to be on disk: (number, when it was made, how many rows or events it holds, encoded).
 # Plain tuples, which the garbage collector stops looking at: a minute of them waits here.
 _Kept: TypeAlias = tuple[int, float, int, bytes]
@@ -112,7 +123,7 @@ class Link:
         hub: HubProcess,
         hello: Callable[[], LinkHello],
         keep_s: float = KEEP_S,
-        keep_bytes: int = KEEP_BYTES,
+        keep_bytes: int = KEEP_BYTES[0],
     ) -> None:
         self._path = str(link_socket(run_id))
         self._hub = hub
@@ -125,11 +136,14 @@ class Link:
         self._kept: deque[_Kept] = deque()
         self._kept_bytes = 0
         self._unsent: deque[_Kept] = deque()  # of those kept, what the socket has not taken
-        self._doubtful: deque[tuple[int, int]] = deque()  # (number, weight) written, not kept, not known to have come
+        # (number, weight, of it for want of memory) written, not kept, not known to have come
+        self._doubtful: deque[tuple[int, int, int]] = deque()
         self._notes: dict[type, _Note] = {}
         self._next = 1
         self._written = 0  # the newest record that some connection's socket took
         self.lost = 0  # rows and events that no hub will ever have
+        self.crowded = 0  # those of them that were let go before their minute was over, because memory was full
+        self.packets = 0  # received
         self.oversize = 0  # the same, because no packet holds them
         self.connects = 0
 
@@ -155,17 +169,23 @@ class Link:
     def expire(self, now: float) -> None:
         """Let go of what was kept for long enough, whether the hub has it or not."""
         while self._kept and (now - self._kept[0][1] > self._keep_s or self._kept_bytes > self._keep_bytes):
-            number, _, weight, encoded = self._kept.popleft()
+            number, made, weight, encoded = self._kept.popleft()
             self._kept_bytes -= len(encoded)
+            crowded = weight if now - made <= self._keep_s else 0
             if self._unsent and self._unsent[0][0] == number:
                 self._unsent.popleft()
-                self.lost += weight
+                self._lose_rows(weight, crowded)
             elif number <= self._written:
                 if len(self._doubtful) >= _DOUBTFUL_LIMIT:
-                    weight += self._doubtful.pop()[1]
-                self._doubtful.append((number, weight))
+                    _, more, more_crowded = self._doubtful.pop()
+                    weight, crowded = weight + more, crowded + more_crowded
+                self._doubtful.append((number, weight, crowded))
             else:
-                self.lost += weight
+                self._lose_rows(weight, crowded)
+
+    def _lose_rows(self, weight: int, crowded: int) -> None:
+        self.lost += weight
+        self.crowded += crowded
 
     def tell(self, message: FromRank) -> None:
         """Queue a message that replaces the one of its kind before it: it is not kept for a hub that is away."""
@@ -186,6 +206,10 @@ class Link:
             self._lose(error)
             return []
         return received
+
+    def waiting(self) -> int:
+        """Rows and events that are not known to be on disk."""
+        return sum(weight for _, _, weight, _ in self._kept)
 
     def drained(self) -> bool:
         """Everything that was recorded is on disk."""
@@ -226,6 +250,7 @@ class Link:
                 break
             if not packet:
                 raise ConnectionResetError("the hub closed the link")
+            self.packets += 1
             try:
                 message = self._decode(packet)
             except codec.DecodeError as error:
@@ -246,7 +271,8 @@ class Link:
         self._hub.settled()
         self._forget(have)
         # Whoever welcomes us reads no older connection any more: what was written there and is not here is lost.
-        self.lost += sum(weight for _, weight in self._doubtful)
+        for _, weight, crowded in self._doubtful:
+            self._lose_rows(weight, crowded)
         self._doubtful.clear()
         self._unsent = deque(self._kept)
 

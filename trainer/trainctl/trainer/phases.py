@@ -20,6 +20,9 @@ _NAME_LENGTH = 60
 _OTHER = "other"
 # Waiting for data, evaluating and saving are the host's: their wall time is what the operator asks about.
 _OF_THE_HOST = frozenset({"data", "eval", "checkpoint"})
+# A script's own evaluation or save. One that takes no second is no state of the run: it would only flicker.
+_NO_STEP_DUE = frozenset({"eval", "checkpoint"})
+_BUSY_S = 1.0
 
 
 class Phase:
@@ -142,10 +145,21 @@ class Phases:
         phase = self.open
         return None if phase is None else (phase.name, max(0.0, _clock() - phase.started))
 
+    def busy(self) -> str | None:
+        """An open phase in which no step is due, once it has lasted for a second: `eval` or `checkpoint`."""
+        phase = self.open
+        while phase is not None:
+            if phase.name in _NO_STEP_DUE:
+                return str(phase.name) if _clock() - phase.started > _BUSY_S else None
+            phase = phase._outer
+        return None
+
     def stamp(self) -> Event | None:
-        """An event at this point of the device's work; None when all are on their way."""
+        """An event at this point of the device's work; None when all are on their way, or a graph is captured."""
         device = self._device
         assert device is not None
+        if device.capturing():
+            return None  # an event of a graph is recorded at its replays, and cannot be asked
         if self._free:
             event = self._free.popleft()
         elif self._made < self.EVENTS:
@@ -162,7 +176,8 @@ class Phases:
         """Keep an interval that ends here until its events have passed."""
         end = self.stamp() if start is not None else None
         if start is None or end is None:
-            self.lost += 1
+            assert self._device is not None
+            self.lost += 0 if self._device.capturing() else 1  # what is captured takes no time of the device now
             if start is not None:
                 self._free.append(start)
         else:

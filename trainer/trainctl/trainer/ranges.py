@@ -36,6 +36,10 @@ class DataRanges:
         """The range of a step of this branch, while it is remembered."""
         return next((made_of for number, made_of in reversed(self._kept) if number == step), None)
 
+    def since(self, step: int) -> list[tuple[int, Range]]:
+        """Ranges of the steps from `step` on, oldest first; asked by another thread."""
+        return [known for known in list(self._kept) if known[0] >= step]
+
     def newest(self) -> Range | None:
         """The range of the last completed step."""
         try:

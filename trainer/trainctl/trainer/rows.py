@@ -7,12 +7,10 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from trainctl.trainer.buffer import Entry, NotANumber, Rewind, StepMark
+from trainctl.trainer.names import Names
 from trainctl.wire.messages import Column, Rows
 
-NAMES_LIMIT = 2_000
-NAME_LENGTH = 200
 LOGS_A_STEP = 200
-_SAID_LIMIT = 50
 # So that a `Rows` fits one packet of the link: what its columns take, and what a column takes beside its name and data.
 _ROWS_BYTES = 64 * 1024
 _COLUMN_BYTES = 40
@@ -29,12 +27,13 @@ class RowMaker:
         self._open_times: dict[int, float] = {}
         self._completed = completed
         self._incarnation = incarnation
-        self._names: dict[str, str | None] = {}
-        self._over_limit = False
-        self._complained: set[str] = set()
+        self._names = Names()
+        self._shown = self._names.shown
+        self._counted: dict[str, float] = {}  # the newest values of the script's own counts of steps
         self._last_step = 0
         self._in_step = 0
-        self.complaints: list[str] = []
+        self.complaints = self._names.complaints
+        self.remarks = self._names.remarks
         self.newest: dict[str, float] = {}  # of the metrics logged since it was last emptied
         self.refused_values = 0
         self.refused_names = 0
@@ -45,7 +44,7 @@ class RowMaker:
         done: list[_Row] = []
         for entry in entries:
             if isinstance(entry, StepMark):
-                _add_mark(self._row(entry.step, entry.time), entry)
+                self._add_mark(self._row(entry.step, entry.time), entry)
                 self._open_times[entry.step] = entry.time
                 self._completed = entry.step
                 done.extend(self._close(entry.step))
@@ -56,6 +55,7 @@ class RowMaker:
                 # Rows of a step that was never completed belong to no branch.
                 self._open.clear()
                 self._open_times.clear()
+                self._counted.clear()
                 self._completed, self._incarnation = entry.step, entry.incarnation
             else:
                 step, at, values, _ = entry
@@ -73,7 +73,33 @@ class RowMaker:
 
     def _close(self, step: int) -> list[_Row]:
         ready = sorted(number for number in self._open if number <= step)
-        return [(number, self._open_times.pop(number), row) for number in ready if (row := self._open.pop(number))]
+        closed = [(number, self._open_times.pop(number), row) for number in ready if (row := self._open.pop(number))]
+        if self._names.counters:
+            for _, _, row in closed:
+                self._look_at_counters(row)
+        return closed
+
+    def _look_at_counters(self, row: dict[str, float]) -> None:
+        for name in self._names.counters & row.keys():
+            before, value = self._counted.get(name), row[name]
+            self._counted[name] = value
+            if before is not None and value < before:
+                self._names.remark(
+                    f"{name} (backwards)",
+                    f"metric {name!r} went back from {before:g} to {value:g}: it is kept as a metric like any other. "
+                    "The run's own step is what run.step_done() counts, and only a rollback takes it back",
+                )
+
+    def _add_mark(self, row: dict[str, float], mark: StepMark) -> None:
+        """A completed step's own figures; where the script logged something else by such a name, it is told."""
+        for name, value in _figures(mark).items():
+            if name in row and not math.isclose(row[name], value, rel_tol=1e-6):
+                self._names.remark(
+                    f"{name} (own)",
+                    f"metric {name!r} is shown as trainctl measures it ({value:g}), and not as the script logs it "
+                    f"({row[name]:g}): log yours under another name",
+                )
+            row[name] = value
 
     def _count(self, step: int) -> None:
         self._in_step = self._in_step + 1 if step == self._last_step else 1
@@ -85,10 +111,10 @@ class RowMaker:
             )
 
     def _put(self, row: dict[str, float], name: str, value: Any) -> None:
-        if type(value) is float and (known := self._names.get(name)) is not None:
+        if type(value) is float and (known := self._shown.get(name)) is not None:
             row[known] = self.newest[known] = value
             return
-        known = self._names[name] if name in self._names else self._admit(name)
+        known = self._shown[name] if name in self._shown else self._names.admit(name)
         if known is None:
             self.refused_names += 1
             return
@@ -99,40 +125,11 @@ class RowMaker:
         except Exception:  # noqa: BLE001 - the __float__ of somebody else's class may raise anything
             self.refused_values += 1
             what = value.what if isinstance(value, NotANumber) else type(value).__name__
-            self._complain(
+            self._names.complain(
                 known,
                 f"metric {known!r} is a {what}, not a number: such values are not shown. "
                 "Log a float or a plain tensor with one element",
             )
-
-    def _admit(self, name: str) -> str | None:
-        """The name under which a metric is shown, or None: there is nothing to show, or there are too many."""
-        shown: str | None = "".join(c for c in name if c.isprintable())[:NAME_LENGTH]
-        if not shown:
-            self._complain(name, f"metric {name[:NAME_LENGTH]!r} has no character that can be shown: it is left out")
-            shown = None
-        elif len(self._names) >= NAMES_LIMIT:
-            if not self._over_limit:
-                self._over_limit = True
-                self.complaints.append(
-                    f"more than {NAMES_LIMIT} metric names: further ones, from {shown!r} on, are not recorded. "
-                    "Names should not contain the step or a sample's number"
-                )
-            return None
-        elif shown != name:
-            self._complain(
-                name,
-                f"metric {name[: 2 * NAME_LENGTH]!r} is shown as {shown!r}: names are up to {NAME_LENGTH} printable "
-                "characters",
-            )
-        if len(self._names) < NAMES_LIMIT:
-            self._names[name] = shown
-        return shown
-
-    def _complain(self, about: str, text: str) -> None:
-        if about not in self._complained and len(self._complained) < _SAID_LIMIT:
-            self._complained.add(about)
-            self.complaints.append(text)
 
     def _columns(self, rows: list[_Row]) -> list[Rows]:
         made: list[Rows] = []
@@ -185,17 +182,19 @@ def _measured(value: float) -> float:
     return float(np.float32(value))
 
 
-def _add_mark(row: dict[str, float], mark: StepMark) -> None:
-    row["step_time_s"] = _measured(mark.seconds)
+def _figures(mark: StepMark) -> dict[str, float]:
+    """What a step's mark says, by the names under which it is shown."""
+    figures = {"step_time_s": _measured(mark.seconds)}
     if mark.lr_effective is not None and math.isfinite(mark.lr_effective):
-        row["lr"] = mark.lr_effective
+        figures["lr"] = mark.lr_effective
     if mark.lr_scheduled is not None:
-        row["lr_scheduled"] = mark.lr_scheduled
+        figures["lr_scheduled"] = mark.lr_scheduled
     if mark.tokens and mark.seconds > 0:
-        row["tokens_per_s"] = _measured(mark.tokens / mark.seconds)
+        figures["tokens_per_s"] = _measured(mark.tokens / mark.seconds)
     if mark.samples and mark.seconds > 0:
-        row["samples_per_s"] = _measured(mark.samples / mark.seconds)
+        figures["samples_per_s"] = _measured(mark.samples / mark.seconds)
     if mark.mfu is not None:
-        row["mfu"] = _measured(mark.mfu)
+        figures["mfu"] = _measured(mark.mfu)
     if mark.data is not None:
-        row["data_first"], row["data_last"] = float(mark.data[0]), float(mark.data[1])
+        figures["data_first"], figures["data_last"] = float(mark.data[0]), float(mark.data[1])
+    return figures

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from trainctl.trainer import attach as attaching
 from trainctl.trainer import forks
 from trainctl.trainer.actions import begin_save, position, save_before_the_end
-from trainctl.trainer.buffer import StepMark
+from trainctl.trainer.buffer import NARROW, StepMark
 from trainctl.trainer.checkpoint import MEMORY_CHECKPOINTS, Accessor
 from trainctl.trainer.control import InDoubt
 from trainctl.trainer.core import Callbacks
@@ -219,7 +219,9 @@ class Run:
             if type(value) is not float:
                 self._buffer.log(self._core.row_step, values)
                 return
-        if len(self._entries) < self._room:
+        if len(values) > NARROW:
+            self._buffer.log(self._core.row_step, values)
+        elif len(self._entries) < self._room:
             self._append((self._core.row_step, _time(), values, ()))
         else:
             self._buffer.refused += 1
@@ -305,7 +307,10 @@ class Run:
         return made
 
     def close(self, *, failed: str | None = None) -> None:
-        """End this rank's part: running saves are completed, what is left is sent. Called again it does nothing."""
+        """End this rank's part: running saves are completed, what is left is sent. Called again it does nothing.
+
+        A hub that is frozen or gone holds this up for 3 s, one that is only starting for 10 s at most.
+        """
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
@@ -405,10 +410,11 @@ class Run:
         self.close(failed=f"{type(error).__name__}: {error}" if error is not None else None)
 
     def _in_forked_child(self) -> None:
-        """A DataLoader worker inherits this object: it must not speak, and must not keep the link open."""
+        """A DataLoader worker inherits this object: it must not speak, and must not keep a connection of ours open."""
         self._closed = True
         self._publishes = False
         self._parts.sender.abandon()
+        self._parts.sockets.let_go()
 
     def _keep_own_loss(self, values: dict[str, Any]) -> None:
         """Rank 0 speaks for the run; of the others the operator sees figures, and their own loss among them."""

@@ -16,12 +16,14 @@ from trainctl.trainer.agents import NodeAgent
 from trainctl.trainer.buffer import Entry, Rewind, StepMark
 from trainctl.trainer.control import Control
 from trainctl.trainer.core import Core, RunningSave
+from trainctl.trainer.device import let_captures_be
 from trainctl.trainer.drops import DropWatch
-from trainctl.trainer.figures import Pace, decode_figures, encode_figures, figures_of, run_state
+from trainctl.trainer.figures import Pace, figures_of, run_state
 from trainctl.trainer.leader import Leader, update_of
 from trainctl.trainer.link import Link, wait_readable
 from trainctl.trainer.meeting import Connection, StoreSilent
 from trainctl.trainer.preemption import Preemption
+from trainctl.trainer.rank_ranges import RANKS_TOLD, RankRanges, Recently, Report, decode_report, encode_report, in_runs
 from trainctl.trainer.rows import RowMaker
 from trainctl.trainer.tally import Tally, clip_of
 from trainctl.wire.commands import Command, Resume
@@ -36,6 +38,7 @@ from trainctl.wire.messages import (
     LinkInfo,
     LinkProgress,
     Ranks,
+    Rows,
     RunInfo,
     SourceAddress,
 )
@@ -49,7 +52,8 @@ _STATE_S = 0.5
 _RESUME_AGAIN_S = 5.0
 _BATCH = 20_000
 _RANKS_A_RECORD = 200  # so that a record fits a packet of the link, whatever the world size
-_GOODBYE_S = 10.0  # the hub of a very short run may only be starting
+_GOODBYE_S = 10.0  # the hub of a very short run may only be starting, and one that takes what is left gets this long
+_SILENT_S = 3.0  # one that was there and says nothing is frozen
 _NO_STEP_S = 30.0
 
 
@@ -63,6 +67,9 @@ class Figures:
         self._last_step = core.boundary.completed
         self._last_steps_s = core.steps_s
         self._silent = control is None
+        self._recently = Recently()
+        self._reports: list[Report] = []
+        self.ranges = RankRanges(core.identity.attempt)
         self._keys = [f"g/{rank}" for rank in range(core.place.world_size)]
 
     def report(self, phases_s: dict[str, float]) -> None:
@@ -72,7 +79,9 @@ class Figures:
         self._last_step, self._last_steps_s = step, steps_s
         if self._control is not None and not self._silent:
             try:
-                self._control.put(f"g/{self._core.place.rank}", encode_figures(figures))
+                runs = in_runs(self._core.ranges.since(self._recently.since(step)))
+                report = Report(figures, self._core.incarnation, runs)
+                self._control.put(f"g/{self._core.place.rank}", encode_report(report))
             except StoreSilent:
                 self._silent = True
 
@@ -86,10 +95,16 @@ class Figures:
         except StoreSilent:
             self._silent = True
             return None
-        return Ranks(
-            incarnation=self._core.incarnation,
-            ranks=[decode_figures(figure) for figure in sealed if figure is not None],
-        )
+        self._reports = [decode_report(report) for report in sealed if report is not None]
+        return Ranks(incarnation=self._core.incarnation, ranks=[report.figures for report in self._reports])
+
+    def differing_ranges(self) -> list[Rows]:
+        """Of the reports that were just read: where another rank's data are other batches than rank 0's."""
+        oldest = min((run.step for report in self._reports for run in report.runs), default=None)
+        if oldest is None:
+            return []
+        own = self._core.ranges.since(oldest)
+        return self.ranges.observe(self._reports, own, self._core.incarnation)
 
     def agent(self, address: SourceAddress) -> None:
         if self._control is not None and not self._silent:
@@ -151,7 +166,8 @@ class Sender(threading.Thread):
         self._failed = False
 
     def finish(self, bye: LinkBye) -> None:
-        """Send what is left and end. Waits at most a few seconds: training's exit goes first."""
+        """Send what is left and end. Training's exit goes first: this waits for 3 s of a hub's silence, and 10 s in all
+        where the hub is only starting or still takes what is left."""
         self._bye = bye
         self._closing.set()
         self.join(_GOODBYE_S + 2.0)
@@ -163,6 +179,7 @@ class Sender(threading.Thread):
 
     def run(self) -> None:
         try:
+            let_captures_be()
             while not self._closing.is_set():
                 self._safe_tick()
                 if self._link is not None:
@@ -218,6 +235,7 @@ class Sender(threading.Thread):
                 self._record_events(now)
                 entries = []
                 self._pace.rewind()
+                self._figures.ranges.rewound(entry.step)
                 core.last_metrics.clear()
                 core.last_metrics.update(entry.metrics)
             elif isinstance(entry, StepMark):
@@ -228,6 +246,9 @@ class Sender(threading.Thread):
         for complaint in self._rows.complaints:
             self._core.complain("metric", complaint)
         self._rows.complaints.clear()
+        for remark in self._rows.remarks:
+            self._core.complain("metric", remark, severity="info")
+        self._rows.remarks.clear()
         self._record_events(now)
         if core.tunables_changed.is_set():
             core.tunables_changed.clear()
@@ -257,11 +278,13 @@ class Sender(threading.Thread):
         buffer, link = self._core.buffer, self._link
         return {
             "buffer": buffer.refused,
+            "buffer-memory": buffer.refused_wide,
             "device": buffer.not_copied + buffer.not_read,
             "phase": self._core.phases.lost,
             "value": self._rows.refused_values,
             "names": self._rows.refused_names,
-            "link": link.lost if link is not None else 0,
+            "link": link.lost - link.crowded if link is not None else 0,
+            "link-memory": link.crowded if link is not None else 0,
             "size": link.oversize if link is not None else 0,
         }
 
@@ -293,6 +316,13 @@ class Sender(threading.Thread):
             for first in range(0, len(ranks.ranks), _RANKS_A_RECORD):
                 part = ranks.ranks[first : first + _RANKS_A_RECORD]
                 self._link.record(Ranks(incarnation=ranks.incarnation, ranks=part), now)
+            for rows in self._figures.differing_ranges():
+                self._link.record(rows, now)
+            if self._figures.ranges.passed_over:
+                text = (
+                    f"more than {RANKS_TOLD} ranks read other data than rank 0: those of further ranks are not recorded"
+                )
+                self._core.complain("data", text, severity="info")
         self._tell_agents()
         self._auto_resume()
         self._warn_no_step()
@@ -361,19 +391,30 @@ class Sender(threading.Thread):
     def _goodbye(self) -> None:
         if self._link is None:
             return
-        deadline = time.monotonic() + _GOODBYE_S
+        link, deadline = self._link, time.monotonic() + _GOODBYE_S
         self._settle_saves(time.monotonic())
         self._drain(time.monotonic())
         assert self._bye is not None
         said = -1  # the connection on which goodbye was said: a hub that comes back, or comes late, hears it too
-        while time.monotonic() < deadline and not (self._link.drained() and said == self._link.connects):
-            if self._link.connected and said != self._link.connects:
-                said = self._link.connects
+        heard, heard_at = link.packets, time.monotonic()
+        while (now := time.monotonic()) < deadline and not (link.drained() and said == link.connects):
+            if link.packets != heard or not link.connects:
+                heard, heard_at = link.packets, now
+            elif now - heard_at > _SILENT_S:
+                break
+            if link.connected and said != link.connects:
+                said = link.connects
                 self._tell_state()
-                self._link.tell(self._bye)
-            self._link.tick(time.monotonic())
-            wait_readable(self._link, 0.02)
-        self._link.close()
+                link.tell(self._bye)
+            link.tick(now)
+            wait_readable(link, 0.02)
+        if (left := link.waiting()) > 0:
+            log.warning(
+                "trainctl: the hub did not take the last %d rows and events before this process ended: they are "
+                "missing from the run's history, unless the hub still reads what the link holds",
+                left,
+            )
+        link.close()
 
 
 def saved_events(core: Core, save: RunningSave) -> list[Event]:
