@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
 
-from trainctl.trainer.agreement import GO, Outcome
+from trainctl.trainer.agreement import GO, Outcome, Position
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.control import Control
 from trainctl.trainer.leader import Leader, Prepared
@@ -44,7 +44,7 @@ def serve(pipe: Pipe) -> None:
 
 def held() -> Boundary:
     boundary = Boundary()
-    boundary.held_at = 0  # as in a pause: every proposal is for the boundary at which everybody is
+    boundary.held_at = Position(0)  # as in a pause: every proposal is for the boundary at which everybody is
     return boundary
 
 
@@ -56,7 +56,14 @@ def control_clients(ranks: range, port: int, pipe: Pipe) -> None:
     with ThreadPoolExecutor(32) as pool:
         lines = list(pool.map(lambda _: meet.connect(), range(2 * len(ranks))))
     controls = [
-        Control(rank=rank, boundary=boundary, waiting=lines.pop(), talking=lines.pop(), refusal=lambda _: None)
+        Control(
+            rank=rank,
+            ranks=len(ranks),
+            boundary=boundary,
+            waiting=lines.pop(),
+            talking=lines.pop(),
+            refusal=lambda _: None,
+        )
         for rank, boundary in zip(ranks, boundaries, strict=True)
     ]
     over = threading.Event()

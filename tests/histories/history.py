@@ -2,7 +2,7 @@
 
 `problems` is a pure function; the simulated and the real histories are judged by it alike. Its rules:
 
-    agreement   every rank that was there applied the same commands, at the same steps, in the same order
+    agreement   every rank that did not die applied the same commands, at the same steps, in the same order
     truth       `applied` means on every rank; `rejected`, `conflict`, `expired` and `superseded` mean on none
     one outcome for one id, to everybody who asked, in the audit log and in the run's record; it never changes
     audit       nothing is applied that has no line in the log from before, and the chain of the log is whole
@@ -106,8 +106,9 @@ def _agreement(history: History) -> Iterator[str]:
         own = sequences[record.rank]
         if own != longest[: len(own)]:
             yield f"rank {record.rank} applied {own}, rank {longest_rank} {longest}"
-        elif len(own) < len(longest) and record.fate == "lives":
-            yield f"rank {record.rank} lives and did not apply {longest[len(own) :]}, which rank {longest_rank} did"
+        elif len(own) < len(longest) and record.fate != "died":
+            missed = longest[len(own) :]
+            yield f"rank {record.rank} {record.fate} and did not apply {missed}, which rank {longest_rank} did"
     for name, ranks in _by_rank(history).items():
         for what in ("step", "incarnation", "after"):
             if len({repr(getattr(applied, what)) for applied in ranks.values()}) > 1:

@@ -15,7 +15,7 @@ from simulated_time import World, simulated
 
 from trainctl.hub import desk as desk_module
 from trainctl.store import audit as audit_module
-from trainctl.trainer import actions, boundary, control, core, evaluation, leader, sender
+from trainctl.trainer import actions, boundary, control, core, evaluation, gathering, leader, sender
 from trainctl.trainer.agreement import DOUBT_S
 from trainctl.wire.commands import (
     Abort,
@@ -35,7 +35,7 @@ from trainctl.wire.messages import CheckpointInfo
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_SIMULATED = (actions, boundary, control, core, evaluation, leader, sender, desk_module)
+_SIMULATED = (actions, boundary, control, core, evaluation, gathering, leader, sender, desk_module)
 _CHECKPOINT = CheckpointInfo(id="step-1", step=1, incarnation=1, time=0.0, bytes=1)
 ACTS_STEPS = 60  # in which commands and faults fall
 CALM_S = 5.0  # after the last fault, before whatever still trains is ended
@@ -46,7 +46,7 @@ _MOMENTS = [
     for moment in ("before", "after")
     for kind, key in (
         ("decide", "p/"), ("set", "a/"), ("get", "a/"), ("decide", "d/"), ("set", "l/"), ("get", "l/"),
-        ("decide", "c/"), ("set", "r/"), ("get", "r/"), ("get", "p/"), ("get", "d/"),
+        ("decide", "c/"), ("set", "r/"), ("get", "r/"), ("get", "p/"), ("get", "d/"), ("set", "h/"), ("decide", "m/"),
     )
 ]  # fmt: skip
 

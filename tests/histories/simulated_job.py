@@ -11,7 +11,7 @@ from history import Applied, Fate, RankRecord
 from simulated_time import WALL, Process, World
 
 from trainctl.trainer import evaluation
-from trainctl.trainer.actions import Actions, Staged, refusal, save_before_the_end
+from trainctl.trainer.actions import Actions, Staged, refusal
 from trainctl.trainer.agreement import Outcome, Proposal, Seal
 from trainctl.trainer.boundary import Armed, Boundary
 from trainctl.trainer.buffer import RowBuffer
@@ -24,7 +24,7 @@ from trainctl.trainer.meeting import Connection
 from trainctl.trainer.phases import Phases
 from trainctl.trainer.sender import Sender
 from trainctl.trainer.tunables import Tunables, TunableValue
-from trainctl.wire.commands import Command, Evaluate, Rollback
+from trainctl.wire.commands import Command, Evaluate, Rollback, Stop
 from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand, Scalar
 
 LEAVE_S = 3.0
@@ -121,6 +121,9 @@ class SimulatedControl(Control):
     def going(self, armed: Armed) -> bool:
         return self._timed(lambda: super(SimulatedControl, self).going(armed))
 
+    def together(self, armed: Armed) -> bool:
+        return self._timed(lambda: super(SimulatedControl, self).together(armed))
+
     def _timed(self, waiting: Callable[[], bool]) -> bool:
         began = self.world.now
         try:
@@ -145,11 +148,13 @@ class RecordingActions(Actions):
 
     applied: list[Applied]
     now: Callable[[], float]
+    _stop: Proposal | None = None
 
     def _apply(self, proposal: Proposal, staged: Staged) -> Outcome:
         step = self._core.boundary.completed
         outcome = super()._apply(proposal, staged)
-        if outcome.ok and not isinstance(proposal.command.action, Evaluate):
+        self._stop = proposal if isinstance(proposal.command.action, Stop) else self._stop
+        if outcome.ok and not (outcome.pending and isinstance(proposal.command.action, Evaluate | Stop)):
             self._record(proposal, outcome.step, outcome.after)
             assert outcome.step == step or isinstance(proposal.command.action, Rollback)
         return outcome
@@ -159,6 +164,13 @@ class RecordingActions(Actions):
         if complete:
             self._record(proposal, self._core.boundary.completed, None)
         return complete
+
+    def settle_stop(self) -> Outcome | None:
+        outcome = super().settle_stop()
+        if outcome is not None and outcome.ok:
+            assert self._stop is not None
+            self._record(self._stop, outcome.step, outcome.after)
+        return outcome
 
     def _record(self, proposal: Proposal, step: int, after: Scalar) -> None:
         incarnation = self._core.incarnation
@@ -170,9 +182,10 @@ class RecordingActions(Actions):
 class FakeCheckpointer:
     """Keeps only what a step number needs; loading fails on some ranks."""
 
-    def __init__(self, core: Core, dice: random.Random) -> None:
+    def __init__(self, core: Core, dice: random.Random, saves: "Saves") -> None:
         self._core = core
         self._dice = dice
+        self._saves = saves
 
     def load(self, checkpoint: str) -> Any:
         if self._dice.random() < 0.15:
@@ -182,11 +195,38 @@ class FakeCheckpointer:
             step=step, metrics={}, incarnation=1, same_ranks=True, notes=(), restore_rng=lambda: None
         )
 
-    def begin_save(self, **_: Any) -> Any:
-        return SimpleNamespace(done=lambda: False)
+    def begin_save(self, *, id: str, **_: Any) -> Any:  # noqa: A002 - as in the real one
+        return self._saves.begin(id)
 
     def commit(self, loaded: Any, *, restore_overrides: bool = False) -> None:
         self._core.counters["step"] = loaded.step
+
+
+class Saves:
+    """All checkpoints of a job: written together, so that each has one end for all ranks. Some fail, some take long."""
+
+    def __init__(self, job: "SimulatedJob") -> None:
+        self._job = job
+        self._begun: dict[str, int] = {}
+        self._ends: dict[str, float] = {}
+        self._errors: dict[str, str | None] = {}
+
+    def begin(self, checkpoint: str) -> Any:
+        dice, world = self._job.world.dice, self._job.world
+        self._errors.setdefault(checkpoint, "the disk is full" if dice.random() < 0.4 else None)
+        self._begun[checkpoint] = self._begun.get(checkpoint, 0) + 1
+        if self._begun[checkpoint] == self._job.world_size:
+            self._ends[checkpoint] = world.now + dice.choice((0.001, 0.1, 3.0))
+
+        def done() -> bool:
+            return self._ends.get(checkpoint, float("inf")) <= world.now
+
+        def result() -> Any:
+            while not done():
+                world.sleep(0.05 if checkpoint in self._ends else 1.0)
+            return SimpleNamespace(error=self._errors[checkpoint], agreed=True)
+
+        return SimpleNamespace(done=done, result=result)
 
 
 class SimulatedRank:
@@ -223,11 +263,12 @@ class SimulatedRank:
             tunables=Tunables(),
             callbacks=Callbacks(on_eval=self._on_eval),
         )
-        self.core.checkpointer = FakeCheckpointer(self.core, world.dice)  # type: ignore[assignment]
+        self.core.checkpointer = FakeCheckpointer(self.core, world.dice, job.saves)  # type: ignore[assignment]
         for name in ("x", "y"):
             self.core.tunables.add(TunableValue(name, 0))
         self.control = SimulatedControl(
             rank=number,
+            ranks=job.world_size,
             boundary=self.core.boundary,
             waiting=SimulatedConnection(job.store, number),
             talking=SimulatedConnection(job.store, number),
@@ -260,8 +301,8 @@ class SimulatedRank:
                     world.hiccup()
                 if job.eval_every and boundary.completed % job.eval_every == 0:
                     evaluation.evaluate(self.core)
-                    save_before_the_end(self.core)
-                if boundary.armed is not None:
+                    self.actions.settle_stop()
+                if boundary.armed is not None or self.core.hold is not None:
                     self.actions.meet()
         except Exception as error:
             self._leave()
@@ -340,6 +381,7 @@ class SimulatedJob:
         self._fast_until_s = fast_until_s
         self.calm_at = fast_until_s  # from when on nobody sends any more
         self.store = SimulatedStore(world, slow)
+        self.saves = Saves(self)
         self.ranks: list[SimulatedRank] = []
         self.said_bye = False
         self.leader_over = False

@@ -265,6 +265,10 @@ class Thread:
 class Threading:
     Event, Lock, Thread = Event, Lock, Thread
 
+    @staticmethod
+    def get_ident() -> int:
+        return 0  # of no thread: there is no `Join` in here
+
 
 class Queues:
     SimpleQueue, Empty = Queue, queue.Empty

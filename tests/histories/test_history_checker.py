@@ -49,6 +49,12 @@ def test_a_rank_that_lives_and_missed_a_command_is_found(good: History) -> None:
     assert "mk was told that a is applied; ranks [1] did not" in found
 
 
+def test_a_rank_that_left_its_loop_and_missed_a_command_is_found(good: History) -> None:
+    outcomes = {"a": "failed", "b": "rejected"}
+    failed = replace(rank_1(good, fate="left"), told=[], outcomes=outcomes, audit=good.audit[:1])
+    assert problems(failed) == ["agreement: rank 1 left and did not apply ['a'], which rank 0 did"]
+
+
 def test_a_killed_rank_may_have_missed_what_nobody_was_told_is_applied(good: History) -> None:
     told = [told for told in good.told if told.id == "b"]
     lost = replace(

@@ -32,6 +32,11 @@ class AloneInAgreement:
     def going(self, _armed: Armed) -> bool:
         return True
 
+    gather_limit_s = 30.0
+
+    def together(self, _armed: Armed) -> bool:
+        return True
+
     def staged(self, _armed: Armed, told: Outcome) -> bool:
         return told.ok
 

@@ -43,7 +43,7 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     store = HashStore()
     line, boundary = CutOff(store), Boundary()
     waiting = Connection(store, "p", Seal(b"", 1))
-    control = Control(rank=1, boundary=boundary, waiting=waiting, talking=line, refusal=lambda _: None)
+    control = Control(rank=1, ranks=2, boundary=boundary, waiting=waiting, talking=line, refusal=lambda _: None)
     proposal = Proposal(number=1, command=Command(id="c", action=SetTunable(name="x", value=1)), actor="mk", step=1)
     yield SimpleNamespace(line=line, control=control, armed=Armed(proposal), other=waiting, boundary=boundary)
     line.mended.set()

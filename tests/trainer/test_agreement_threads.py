@@ -53,6 +53,7 @@ class Rank:
         seal = Seal(b"secret", 1)
         self.control = Control(
             rank=number,
+            ranks=ranks,
             boundary=self.core.boundary,
             waiting=Connection(store, "p", seal),
             talking=Connection(store, "p", seal),
@@ -229,7 +230,7 @@ def test_a_rank_whose_store_is_silent_stops_rather_than_guess(tmp_path: Path, mo
 
     monkeypatch.setattr(module, "DOUBT_S", 0.2)
     dead = Dead(HashStore(), "p", Seal(b"", 1))
-    control = Control(rank=0, boundary=Boundary(), waiting=dead, talking=dead, refusal=lambda proposal: None)
+    control = Control(rank=0, ranks=1, boundary=Boundary(), waiting=dead, talking=dead, refusal=lambda proposal: None)
     armed = Armed(Proposal(number=1, command=Command(id="c", action=Resume()), actor="mk", step=1))
     started = time.monotonic()
     with pytest.raises(InDoubt, match="no rank trains on with half of it"):

@@ -16,8 +16,9 @@ from trainctl.trainer.changes import Changes, condition_values
 from trainctl.trainer.checkpoint import CheckpointError, Loaded
 from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
 from trainctl.trainer.control import Control, InDoubt
-from trainctl.trainer.core import Core, Hold, RunningSave
+from trainctl.trainer.core import Core, Hold, PromisedStop, RunningSave
 from trainctl.trainer.evaluation import evaluate
+from trainctl.trainer.gathering import not_all_came
 from trainctl.trainer.leader import update_of
 from trainctl.trainer.preemption import Signalled, heard_while_paused
 from trainctl.trainer.steering import is_field, problem_with
@@ -101,11 +102,16 @@ class Actions:
             return
         if inside and not armed.proposal.mark:
             return  # it is for the boundary of the step, behind this evaluation
+        armed.met = True
         going = self._control.going(armed)
         boundary.disarm(armed)
         if not going:
             return
         try:
+            if not self._control.together(armed):
+                reason = not_all_came(armed.proposal.step, self._control.gather_limit_s)
+                armed.finish(Outcome(ok=False, step=boundary.completed, reason=reason, declined=True, waited=True))
+                return
             outcome = self._two_phases(armed) if armed.proposal.two_phase else self._apply(armed.proposal, Staged())
         except BaseException as error:
             armed.finish(Outcome(ok=False, step=boundary.completed, reason=f"{type(error).__name__}: {error}"))
@@ -124,9 +130,12 @@ class Actions:
         hold, core.hold = core.hold, None
         self._held_at = boundary.held_at
         complete = evaluate(core)
-        core.hold, boundary.held_at, self._held_at = hold, self._held_at, None
-        save_before_the_end(core)
         reason = None if complete else f"left before it was complete: stopped by {core.ended_by}"
+        inner = self._core.hold  # of a pause that nobody ended before the evaluation was
+        core.hold, boundary.held_at, self._held_at = hold, self._held_at, None
+        self.settle_stop()
+        if core.ending is None and core.hold is None and inner is not None:  # paused inside, and could not be stopped
+            core.hold, boundary.held_at = inner, Position(boundary.completed)
         core.event(
             update_of(
                 proposal.command,
@@ -202,6 +211,8 @@ class Actions:
             case Rollback():
                 assert staged.loaded is not None
                 before, after = roll_back(core, staged.loaded, action, proposal)
+            case Stop(preempted=None) if core.checkpointer is not None:
+                return self._save_and_stop(proposal)
             case Stop() | Abort():
                 before, after = self._end(action, proposal)
             case _:
@@ -210,14 +221,58 @@ class Actions:
         return Outcome(ok=True, step=step, before=before, after=after, reason=trial.words() if trial else None)
 
     def _end(self, action: Act, proposal: Proposal) -> tuple[Scalar, Scalar]:
+        """End without waiting for a checkpoint: abort, and preemption, whose machine goes away in any case."""
         core, before = self._core, self._core.state()
         why = action.preempted if isinstance(action, Stop) else None
         core.ending, core.ended_by, core.preempted = "preempted" if why else "stopped", proposal.actor, why
-        if isinstance(action, Stop) and core.checkpointer is not None and not (why and saved_here(core)):
-            core.last_save = f"preempted: {why}" if why else f"stopped by {proposal.actor}"
-            if not proposal.mark:  # else behind the evaluation, which may have swapped weights
-                save_before_the_end(core)
+        if why and core.checkpointer is not None and not saved_here(core):
+            if proposal.mark:  # saved behind the evaluation, which may have swapped weights
+                core.last_save = PromisedStop(
+                    command=proposal.command, actor=proposal.actor, before=before, preempted=why
+                )
+            else:
+                begin_save(core, note=f"preempted: {why}")
         return before, core.ending
+
+    def _save_and_stop(self, proposal: Proposal) -> Outcome:
+        """A run that cannot be saved is not stopped: it goes on, or stays paused, as it was."""
+        core, before, step = self._core, self._core.state(), self._core.boundary.completed
+        if proposal.mark:  # saved behind the evaluation, which may have swapped weights
+            core.ending, core.ended_by = "stopped", proposal.actor
+            core.last_save = PromisedStop(command=proposal.command, actor=proposal.actor, before=before)
+            return Outcome(ok=True, step=step, before=before, after="stopped", pending=True)
+        problem = last_save(core, actor=proposal.actor)
+        if problem is not None:
+            return Outcome(ok=False, step=step, before=before, reason=problem)
+        core.ending, core.ended_by = "stopped", proposal.actor
+        return Outcome(ok=True, step=step, before=before, after="stopped")
+
+    def settle_stop(self) -> Outcome | None:
+        """Behind an evaluation: make the checkpoint of a stop that was met inside it, and tell what became of it.
+
+        Where it cannot be made the run is not stopped. Raises `control.InDoubt` as `last_save` does.
+        """
+        core, asked = self._core, self._core.last_save
+        if asked is None:
+            return None
+        core.last_save = None
+        if asked.preempted is not None:
+            begin_save(core, note=f"preempted: {asked.preempted}")
+            return None  # told already: nobody waits for it
+        problem, step = last_save(core, actor=asked.actor), core.boundary.completed
+        if problem is not None:
+            core.ending = core.ended_by = None
+            if core.hold is not None:  # paused inside the evaluation that is over: from now on behind its step
+                core.boundary.held_at = Position(step)
+        outcome = Outcome(ok=problem is None, step=step, before=asked.before, after="stopped", reason=problem)
+        state, after = ("applied", "stopped") if outcome.ok else ("failed", None)
+        ranks, incarnation = core.place.world_size, core.incarnation
+        core.event(
+            update_of(
+                asked.command, asked.actor, state, step, core.boundary, incarnation, ranks, asked.before, after, problem
+            )
+        )
+        return outcome
 
     def _hold(self, action: Act, actor: str) -> tuple[Scalar, Scalar]:
         core, before = self._core, self._core.state()
@@ -240,6 +295,9 @@ def refusal(core: Core, proposal: Proposal) -> str | None:
     action = proposal.command.action
     if proposal.undo is not None:
         return None if core.reverts.get(proposal.undo) is not None else "a newer change took its place"
+    at, total = core.boundary.completed, core.total_steps
+    if core.feed is not None and total is not None and at <= total < proposal.step:
+        return f"the run ends at step {total}, before the boundary of step {proposal.step}"
     capability = spec_of(action).capability
     if capability is not None and (able := core.capabilities.get(capability, True)) is not True:
         return str(able)
@@ -317,11 +375,23 @@ def begin_save(
     return save
 
 
-def save_before_the_end(core: Core) -> None:
-    """The checkpoint that a stop promised, once no evaluation is under way."""
-    if core.last_save is not None:
-        note, core.last_save = core.last_save, None
-        begin_save(core, note=note)
+def last_save(core: Core, *, actor: str) -> str | None:
+    """Make the checkpoint that a stop promises and wait until it is one; why there is none, alike on every rank.
+
+    The training thread waits here, for nothing else is to be done after a stop. Raises `control.InDoubt` where this
+    rank cannot know whether the others have the checkpoint, and so whether they stop.
+    """
+    save = begin_save(core, note=f"stopped by {actor}")
+    core.doing = "checkpointing"
+    try:
+        result = save.pending.result()
+    finally:
+        core.doing = None
+    if result.error is None:
+        return None
+    if not result.agreed:
+        raise InDoubt(f"the checkpoint of a stop was not agreed on by all ranks, and this one stops: {result.error}")
+    return f"nothing was saved, so the run is not stopped: {result.error}"
 
 
 def saved_here(core: Core) -> bool:

@@ -7,6 +7,8 @@
     GO       every rank applies at the boundary, or, in two phases (rollback, conditions), stages first:
              all staged → COMMIT, any failed → CANCEL, and nothing was touched
 
+    THERE    nobody applies or stages before all ranks are at the boundary (gathering.py): one that said READY may leave
+
 A bounded wait that then simply leaves gives half-applied commands, an unbounded one can deadlock; a bounded wait with
 one decision key has neither (checked by tests/trainer/test_agreement_model.py over all interleavings).
 """
@@ -22,6 +24,7 @@ from trainctl.wire.messages import Scalar
 
 PATIENCE_S = 0.1
 TRIES = 3
+MAX_SKEW = 16  # steps; ranks tied by collectives are at most one apart
 DOUBT_S = 30.0
 FIRST_MARGIN = 2
 _SKEW_S = 0.005
@@ -83,6 +86,7 @@ class Proposal(Struct, frozen=True, kw_only=True):
     incarnation: int = 0
     expires_at: float | None = None  # Unix seconds: rank 0 declines it at the boundary when that is past
     undo: str | None = None  # the id of a change on trial whose time is over
+    at: int = 0  # the step that rank 0 had completed when it proposed
     leaving: int | None = None  # no command: this rank left its loop, so there are no common boundaries any more
 
     @property
@@ -105,7 +109,8 @@ class Outcome(Struct, frozen=True, kw_only=True):
     """What one rank did.
 
     `pending`: begun, and finished in the background (a checkpoint). `declined`: not done, as it should be (a condition
-    that does not hold, a loop that ended before): a rejection and no failure. `expired`: it came too late.
+    that does not hold, a loop that ended before): a rejection and no failure. `expired`: it came too late. `waited`: in
+    vain, for another rank that knows better why.
     """
 
     ok: bool
@@ -116,6 +121,7 @@ class Outcome(Struct, frozen=True, kw_only=True):
     pending: bool = False
     declined: bool = False
     expired: bool = False
+    waited: bool = False
 
 
 Verdict: TypeAlias = Literal["go", "again", "refused"]
@@ -127,6 +133,16 @@ def answer(proposed: Position, *, at: Position, held_at: Position | None, refusa
         return Answer(verdict="refused", step=at.step, mark=at.mark, reason=refusal)
     late = at >= proposed and held_at != proposed
     return Answer(verdict="late" if late else "ready", step=at.step, mark=at.mark)
+
+
+def no_common_step(*, own: int, other: int, whose: str) -> str | None:
+    """Why ranks this far apart cannot agree. Sound only if `own` was read after `other`: then it really is behind."""
+    if other - own <= MAX_SKEW:
+        return None
+    return (
+        f"it is at step {own} and {whose} at step {other}: the ranks have no common step. A script whose ranks make "
+        "different numbers of steps (Join, local SGD) declares it: Run.attach(max_skew=…)"
+    )
 
 
 def judge(answers: list[Answer]) -> tuple[Verdict, str | None]:

@@ -247,6 +247,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
     if connections is not None:
         control = Control(
             rank=place.rank,
+            ranks=place.world_size,
             boundary=core.boundary,
             waiting=connections.waiting,
             talking=connections.talking,

@@ -26,6 +26,7 @@ class Armed:
         self.decided = threading.Event()
         self.verdict: bytes | None = None
         self.judged = threading.Event()
+        self.met = False  # the training thread is at the boundary
         self.staged = False
         self.prepared = threading.Event()  # staged, or over before it came to that
         self.outcome: Outcome | None = None
@@ -110,6 +111,10 @@ class Boundary:
         if armed is not None:
             step = self.completed
             reason = f"the run ended at step {step}, before the boundary of step {armed.proposal.step}"
-            armed.finish(Outcome(ok=False, step=step, reason=reason, declined=True))
-            if self.withdraw is not None and not armed.decided.is_set():
-                self.withdraw(armed)
+            self.miss(armed, reason)
+
+    def miss(self, armed: Armed, reason: str) -> None:
+        """This rank will not come to the boundary for which it is armed: nobody is to apply it."""
+        armed.finish(Outcome(ok=False, step=self.completed, reason=reason, declined=True))
+        if self.withdraw is not None:
+            self.withdraw(armed)

@@ -8,7 +8,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from trainctl.trainer.agreement import (
     ABORT,
@@ -21,8 +21,10 @@ from trainctl.trainer.agreement import (
     decode_proposal,
     encode,
     goodbye,
+    no_common_step,
 )
 from trainctl.trainer.boundary import Armed, Boundary
+from trainctl.trainer.gathering import GATHER_S, GATHER_STEPS, Gathering, call_off, in_shadow, watch
 from trainctl.trainer.meeting import Connection, StoreSilent
 
 log = logging.getLogger(__name__)
@@ -30,6 +32,8 @@ log = logging.getLogger(__name__)
 _AGAIN_S = 1.0
 _WITHDRAW_S = 1.0
 _LOOK_S = 5.0
+_SHADOW_S = 0.2
+_SHADOWS = "it only shadows the other ranks in torch's Join: it has no boundary now"
 
 
 class InDoubt(RuntimeError):
@@ -47,6 +51,7 @@ class Control(threading.Thread):
         self,
         *,
         rank: int,
+        ranks: int,
         boundary: Boundary,
         waiting: Connection,
         talking: Connection,
@@ -54,6 +59,8 @@ class Control(threading.Thread):
     ) -> None:
         super().__init__(name="trainctl-control", daemon=True)
         self._rank = rank
+        self._ranks = ranks
+        self._training = threading.get_ident()  # the thread that attaches is the one that trains
         self._boundary = boundary
         self._waiting = waiting
         self._talking = talking
@@ -67,6 +74,14 @@ class Control(threading.Thread):
         """Write through the talking connection, from any thread. Raises `StoreSilent`."""
         with self._talk_lock:
             self._talking.put(key, content)
+
+    def has(self, keys: Sequence[str]) -> bool:
+        with self._talk_lock:
+            return self._talking.has(keys)
+
+    def decide(self, key: str, content: bytes) -> bytes | None:
+        with self._talk_lock:
+            return self._talking.decide(key, content)
 
     def run(self) -> None:
         armed: Armed | None = None
@@ -113,7 +128,7 @@ class Control(threading.Thread):
     def _follow(self, armed: Armed) -> None:
         boundary, proposal = self._boundary, armed.proposal
         number = proposal.number
-        refusal = self._refusal(proposal)
+        refusal = self._refusal(proposal) or self._stray(proposal)
         if refusal is None:
             boundary.arm(armed)
             if boundary.closed:
@@ -128,17 +143,52 @@ class Control(threading.Thread):
         if boundary.closed:
             boundary.close()
         if proposal.two_phase:
-            armed.prepared.wait()
+            self._until_met(armed, armed.prepared)
             if not armed.staged and armed.outcome is not None:
                 # The training thread left its loop, or raised, before it staged: the others must not wait for it.
                 self.put(f"l/{number}/{self._rank}", encode(armed.outcome))
             self._waiting.wait([f"c/{number}"])
             armed.judge(self._waiting.get(f"c/{number}") or CANCEL)
-        armed.applied.wait()
+        self._until_met(armed, armed.applied)
         assert armed.outcome is not None
         self.put(f"r/{number}/{self._rank}", encode(armed.outcome))
 
+    def _stray(self, proposal: Proposal) -> str | None:
+        """Why this rank has no boundary in common with the others now."""
+        if self._ranks > 1 and in_shadow(self._training):
+            return _SHADOWS
+        return no_common_step(own=self._boundary.completed, other=proposal.at, whose="rank 0")
+
+    def _until_met(self, armed: Armed, event: threading.Event) -> None:
+        """Wait for the training thread, unless it will not come: its data ended within `Join` after it said *ready*."""
+
+        def gone() -> bool:
+            return self._ranks > 1 and not armed.met and in_shadow(self._training)
+
+        if not watch(event, gone, _SHADOW_S):
+            self._boundary.disarm(armed)
+            self._boundary.miss(armed, _SHADOWS)
+            event.wait()
+
     # What the training thread calls, at its boundary only
+
+    def together(self, armed: Armed) -> bool:
+        """Whether every rank is at this boundary; where one does not come, nobody applies. Raises `InDoubt`."""
+        limit_s = self.gather_limit_s
+        if self._ranks == 1:
+            return True
+        gathering = Gathering(self, number=armed.proposal.number, rank=self._rank, ranks=self._ranks, limit_s=limit_s)
+        found = gathering.wait()
+        if found is None:
+            raise InDoubt(
+                f"the job's store has been silent for {DOUBT_S:.0f} s while the ranks gathered to apply a command: "
+                "this rank stops, so that no rank trains on with half of it. Resume from the last good checkpoint"
+            )
+        return found
+
+    @property
+    def gather_limit_s(self) -> float:
+        return max(GATHER_S, GATHER_STEPS * self._boundary.step_s)
 
     def going(self, armed: Armed) -> bool:
         """The decision on what is armed here; when none came in time, force one. Raises `InDoubt`."""
@@ -186,7 +236,13 @@ class Control(threading.Thread):
 
     def _withdraw(self, armed: Armed) -> None:
         """This rank leaves its loop: what is not decided is not to be applied by the others."""
-        self._comes_back(lambda: self._force(armed), _WITHDRAW_S)
+        if armed.decision != ABORT:
+            self._comes_back(lambda: self._call_off(armed), _WITHDRAW_S)
+
+    def _call_off(self, armed: Armed) -> None:
+        call_off(self, armed.proposal.number)
+        if armed.decision is None:
+            self._force(armed)
 
     def _comes_back(self, call: Callable[[], None], timeout_s: float) -> bool:
         """Whether a call on the store came back in time, and well.

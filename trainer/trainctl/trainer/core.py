@@ -49,6 +49,19 @@ class RunningSave:
     actor: str = ""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PromisedStop:
+    """A stop met inside an evaluation: its checkpoint is made when that is over, and only then is it applied.
+
+    `preempted`: why the machine is taken away; such a stop waits for nothing.
+    """
+
+    command: Command
+    actor: str
+    before: RunStateName
+    preempted: str | None = None
+
+
 @dataclass(kw_only=True)
 class Hold:
     """A pause: since when, by whom, until when."""
@@ -89,7 +102,7 @@ class Core:
     doing: RunStateName | None = None
     ending: RunStateName | None = None
     ended_by: str | None = None
-    last_save: str | None = None  # the note of a checkpoint that is still to be made before the run ends
+    last_save: PromisedStop | None = None  # a checkpoint that is still to be made before the run ends
     held_s: float = 0.0  # how long boundaries inside the evaluation took
     preempted: str | None = None  # why the machine is taken away
     row_step: int = 1

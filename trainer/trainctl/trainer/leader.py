@@ -30,6 +30,7 @@ from trainctl.trainer.agreement import (
     judge,
     left_evaluation,
     next_margin,
+    no_common_step,
 )
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.meeting import Connection, StoreSilent
@@ -226,6 +227,7 @@ class Leader(threading.Thread):
             expires_at=None if expires_s is None or undo is not None else message.accepted + expires_s,
             step=position.step,
             mark=position.mark,
+            at=self._boundary.completed,
             two_phase=prepared.two_phase,
             checkpoint=prepared.checkpoint,
             incarnation=prepared.incarnation,
@@ -263,6 +265,8 @@ class Leader(threading.Thread):
         # The newest counts a quarter, so that one rank with its hands full does not slow a hundred commands.
         self._agreement_s += (time.perf_counter() - asked - self._agreement_s) / 4
         verdict, reason = judge(answers)
+        if verdict != "refused" and (stray := self._stray(answers)) is not None:
+            verdict, reason = "refused", stray
         if verdict != "go":
             self._connection.decide(f"d/{number}", ABORT)
             if verdict == "again":
@@ -274,6 +278,13 @@ class Leader(threading.Thread):
             return "go", None
         self._margin = min(1000, self._margin + 1)
         return "again", None
+
+    def _stray(self, answers: list[Answer]) -> str | None:
+        """Whether rank 0 itself is far behind what another rank had answered."""
+        ahead = max(self._ranks, key=lambda rank: answers[rank].step)
+        own, other = self._boundary.completed, answers[ahead].step
+        found = no_common_step(own=own, other=other, whose=f"rank {ahead}")
+        return None if found is None else f"rank 0: {found}"
 
     def _conclude(self, proposal: Proposal, command: Command, actor: str) -> None:
         staged: list[Outcome] = []
@@ -312,8 +323,11 @@ class Leader(threading.Thread):
 
     def _say_failed(self, command: Command, actor: str, outcomes: list[Outcome], *, done: list[int]) -> None:
         """`done`: the ranks that applied it."""
-        rank, outcome = next((rank, outcome) for rank, outcome in enumerate(outcomes) if not outcome.ok)
-        named = outcome.declined or str(outcome.reason).startswith("rank ")
+        failed = [(rank, outcome) for rank, outcome in enumerate(outcomes) if not outcome.ok]
+        rank, outcome = next((found for found in failed if not found[1].waited), failed[0])
+        alike = len(failed) == len(outcomes) and len({given.reason for _, given in failed}) == 1
+        strays = outcome.declined and any(given.waited for _, given in failed) and not outcome.waited
+        named = alike or (outcome.declined and not strays) or str(outcome.reason).startswith("rank ")
         where = f"rank {rank}: " if len(outcomes) > 1 and not named else ""
         reason = f"{where}{outcome.reason}"
         if done and outcome.declined:  # it left its loop after all had said that they are ready

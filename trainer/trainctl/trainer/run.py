@@ -28,7 +28,7 @@ from torch.optim import Optimizer
 
 from trainctl.trainer import attach as attaching
 from trainctl.trainer import forks
-from trainctl.trainer.actions import begin_save, position, save_before_the_end
+from trainctl.trainer.actions import begin_save, position
 from trainctl.trainer.buffer import NARROW, StepMark
 from trainctl.trainer.checkpoint import MEMORY_CHECKPOINTS, Accessor
 from trainctl.trainer.control import InDoubt
@@ -191,6 +191,7 @@ class Run:
             core.phases.add("data", _perf() - started)
             core.ranges.took(core.feed.index - 1)
             yield batch
+        self._boundary.close()  # no further boundary, though the script may have much to do before it closes the run
 
     def eval_batches(self, batches: Iterable[Any]) -> Iterator[Any]:
         """Inside `on_eval`: the batches of an evaluation. Between two of them operators may pause or stop the run.
@@ -390,12 +391,19 @@ class Run:
         every, saves = self._eval_every, self._checkpoint_every
         if every is not None and every.value and step % int(every.value) == 0:
             evaluate(self._core)
-            save_before_the_end(self._core)
+            self._stop_behind_the_evaluation()
         if saves is not None and saves.value and step == self._core.first_step + 1:
             self._warm()
         # A stop inside the evaluation has saved this step already, and an abort wants nothing saved.
         if saves is not None and saves.value and step % int(saves.value) == 0 and self._core.ending is None:
             begin_save(self._core, may_leave_out=True)
+
+    def _stop_behind_the_evaluation(self) -> None:
+        core, actions = self._core, self._actions
+        if actions is not None and core.last_save is not None:
+            actions.settle_stop()
+            if core.hold is not None:  # it could not be saved, and was paused inside the evaluation: it still is
+                actions.meet()
 
     def _warm(self) -> None:
         """The optimizer's state exists after the first step: let the first save find its buffers made."""

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan
 
 from trainctl.trainer.checkpoint.background import Background, Pace
-from trainctl.trainer.checkpoint.errors import CheckpointError
+from trainctl.trainer.checkpoint.errors import CheckpointError, RanksLost
 from trainctl.trainer.checkpoint.paced_files import PacedWriter
 from trainctl.trainer.checkpoint.ranks import Ranks
 from trainctl.trainer.checkpoint.sharded import local_part
@@ -39,13 +39,17 @@ DCP_METADATA = ".metadata"
 
 @dataclass(frozen=True, kw_only=True)
 class SaveResult:
-    """How a save ended; `error`, the same on every rank, says why there is no new checkpoint. `bytes`: of all files."""
+    """How a save ended; `error` says why there is no new checkpoint. `bytes`: of all files.
+
+    `agreed`: every rank has this result. Else this one lost touch, and others may have another.
+    """
 
     id: str
     bytes: int
     stall_s: float
     write_s: float
     error: str | None
+    agreed: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,15 +105,20 @@ class PendingSave:
 
     def _run(self) -> None:
         started = time.perf_counter()
-        size, problem = 0, None
+        size, problem, agreed = 0, None, True
         try:
             size = self._write()
         except CheckpointError as error:
-            problem = str(error)
+            problem, agreed = str(error), not isinstance(error, RanksLost)
         except BaseException as error:  # noqa: BLE001 - the thread goes on to the next, and the result must say so
-            problem = f"{type(error).__name__}: {error}"
+            problem, agreed = f"{type(error).__name__}: {error}", False
         self._result = SaveResult(
-            id=self.id, bytes=size, stall_s=self.stall_s, write_s=time.perf_counter() - started, error=problem
+            id=self.id,
+            bytes=size,
+            stall_s=self.stall_s,
+            write_s=time.perf_counter() - started,
+            error=problem,
+            agreed=agreed,
         )
         self._ended.set()
 
