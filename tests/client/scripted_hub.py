@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from trainctl.store.audit import check_audit
 from trainctl.store.record import RunRecord
 from trainctl.wire import manifest
 from trainctl.wire.cards import remove_card, write_card
@@ -262,7 +263,9 @@ class ScriptedHub:
             case TunablesRequest():
                 return Tunables(req=caller.req, tunables=self.info.tunables)
             case AuditRequest():
-                return AuditLines(req=caller.req, lines=self.script.audit)
+                run_dir = RunDir(self.info.dir)
+                checked, problem = check_audit(run_dir.audit_file, manifest.kept_audit_heads(run_dir.checkpoints))
+                return AuditLines(req=caller.req, lines=self.script.audit, checked=checked, problem=problem)
             case _:
                 raise Refusal("not_found", f"the script has no answer to {type(request).__name__}")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hub_double import Rank, first_reply, following, hub_running, peer_of, rank_linked, request, snapshot
 
-from trainctl.store.audit import verify_audit
+from trainctl.store.audit import AuditLog, verify_audit
 from trainctl.store.replay import load_record
 from trainctl.wire.commands import (
     AddNote,
@@ -59,7 +59,7 @@ async def heard_by(rank: Rank, wanted: type) -> object:
     return await asyncio.to_thread(rank.hear, wanted)
 
 
-def checkpoint(run_dir: Path, step: int) -> str:
+def checkpoint(run_dir: Path, step: int, audit_head: str | None = None) -> str:
     name = f"step-{step:08d}-1"
     directory = run_dir / "checkpoints" / name
     directory.mkdir(parents=True)
@@ -67,7 +67,15 @@ def checkpoint(run_dir: Path, step: int) -> str:
     size, digest = hash_file(directory / "model.bin")
     file = ManifestFile(name="model.bin", bytes=size, sha256=digest)
     made = Manifest(
-        id=name, run="demo", step=step, incarnation=1, attempt=1, world_size=2, time=float(step), files=[file]
+        id=name,
+        run="demo",
+        step=step,
+        incarnation=1,
+        attempt=1,
+        world_size=2,
+        time=float(step),
+        files=[file],
+        audit_head=audit_head,
     )
     write_manifest(directory, made)
     return name
@@ -305,6 +313,57 @@ def test_a_log_that_cannot_be_written_leaves_only_stop_and_save(tmp_path: Path) 
                 assert isinstance(await heard_by(rank, LinkCommand), LinkCommand)
                 told = [event for event in (await snapshot(peer)).events if isinstance(event, Anomaly)]
                 assert [event.what for event in told] == ["audit"]
+
+    asyncio.run(scenario())
+
+
+FAILING_FSYNC = """
+import errno, os
+honest = os.fsync
+def fsync(handle):
+    if os.readlink(f"/proc/self/fd/{handle}").endswith("/audit.jsonl"):
+        raise OSError(errno.EIO, "the disk does not sync")
+    honest(handle)
+os.fsync = fsync
+"""
+
+
+def test_nothing_is_accepted_on_the_strength_of_a_line_that_is_not_synced(tmp_path: Path) -> None:
+    run_dir, site = tmp_path / "run", tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(FAILING_FSYNC)
+
+    async def scenario() -> None:
+        with hub_running(run_dir, env={"PYTHONPATH": str(site)}) as hub, rank_linked(run_dir) as rank:
+            rank.step(5)
+            async with peer_of(hub.card()) as peer:
+                refused = await first_reply(peer, request(Pause(), "c1"))
+                assert refused.state == "rejected", "so it is answered after the sync, and on condition of it"
+                assert "the audit log cannot be written (the disk does not sync)" in str(refused.reason)
+        assert (run_dir / "audit.jsonl").read_text() == "", "and nothing of it is in the log"
+
+    asyncio.run(scenario())
+
+
+def test_a_cut_log_is_found_by_the_hub_whatever_the_asker_can_see(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    log = AuditLog(run_dir / "audit.jsonl")
+    run_dir.mkdir()
+    for number in range(5):
+        log.append({"time": 1.0, "id": f"c{number}", "state": "accepted"})
+    checkpoint(run_dir, 20, audit_head=log.head)
+
+    async def scenario() -> None:
+        with hub_running(run_dir) as hub:
+            async with peer_of(hub.card()) as peer:
+                whole = await peer.ask(AuditRequest(req=0, limit=1, verify=True), AuditLines)
+                assert (len(whole.lines), whole.checked, whole.problem) == (1, 5, None)
+                lines = log.path.read_text().splitlines(keepends=True)
+                log.path.write_text("".join(lines[:3]))
+                cut = await peer.ask(AuditRequest(req=0, limit=0, verify=True), AuditLines)
+                assert (cut.lines, cut.checked) == ([], 3)
+                assert "checkpoint step-00000020-1 keeps the hash of a line that is not here" in str(cut.problem)
+                assert (await peer.ask(AuditRequest(req=0), AuditLines)).checked is None, "only when asked for"
 
     asyncio.run(scenario())
 

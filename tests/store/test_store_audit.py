@@ -39,8 +39,11 @@ def test_lines_are_chained_and_a_new_writer_goes_on_from_the_last(tmp_path: Path
         (lambda lines: [*lines[:3], lines[2], *lines[3:]], 4),
         (lambda lines: [*lines[:4], "[1]"], 5),
         (lambda lines: [*lines[:4], "{"], 5),
+        (lambda lines: [*lines[:2], '{"id":"c9",' + lines[2][1:], *lines[3:]], 3),
+        (lambda lines: [*lines[:2], lines[2].replace(",", ", "), *lines[3:]], 3),
+        (lambda lines: [*lines[:4], lines[4].replace('"nan"', "NaN")], 5),
     ],
-    ids=["changed", "removed", "swapped", "repeated", "no object", "no json"],
+    ids=["changed", "removed", "swapped", "repeated", "no object", "no json", "a name twice", "spaces", "NaN"],
 )
 def test_the_first_line_that_was_touched_is_named(tmp_path: Path, tamper: object, line: int) -> None:
     path = tmp_path / "audit.jsonl"

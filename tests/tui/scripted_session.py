@@ -375,5 +375,8 @@ class ScriptedSession:
     async def audit(self) -> list[str]:
         return []
 
+    async def verify_audit(self) -> tuple[int, str | None]:
+        return 0, None
+
     async def close(self) -> None:
         self.closed = True

@@ -2,9 +2,7 @@
 
 import asyncio
 import json
-import tempfile
 import time
-from pathlib import Path
 
 import click
 
@@ -19,9 +17,9 @@ from trainctl.client.jsonable import dumps
 @run_options
 def audit(run: str | None, server_key: str | None, *, verifying: bool, as_json: bool) -> int:
     """Who did what: every command with its outcome."""
-    name, lines, directory = asyncio.run(_audit(run, server_key))
     if verifying:
-        return _verify(name, lines, directory, as_json=as_json)
+        return _verify(*asyncio.run(_verified(run, server_key)), as_json=as_json)
+    name, lines = asyncio.run(_audit(run, server_key))
     entries = [_entry(line) for line in lines]
     if as_json:
         click.echo(dumps({"run": name, "audit": entries}))
@@ -33,26 +31,13 @@ def audit(run: str | None, server_key: str | None, *, verifying: bool, as_json: 
     return 0
 
 
-def _verify(name: str, lines: list[str], directory: Path | None, *, as_json: bool) -> int:
-    from trainctl.store.audit import verify_audit
-    from trainctl.wire.manifest import kept_audit_heads
-    from trainctl.wire.rundir import RunDir
-
-    if directory is not None and directory.is_dir():
-        recorded = RunDir(directory)
-        problem = verify_audit(recorded.audit_file, kept_audit_heads(recorded.checkpoints))
-    else:
-        with tempfile.TemporaryDirectory(prefix="trainctl-") as scratch:
-            copy = Path(scratch) / "audit.jsonl"
-            copy.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            problem = verify_audit(copy)
-    text = None if problem is None else str(problem)
+def _verify(name: str, lines: int, problem: str | None, *, as_json: bool) -> int:
     if as_json:
-        click.echo(dumps({"run": name, "ok": problem is None, "lines": len(lines), "problem": text}))
+        click.echo(dumps({"run": name, "ok": problem is None, "lines": lines, "problem": problem}))
     elif problem is None:
-        click.echo(f"{name}: the audit log is whole, {len(lines)} lines")
+        click.echo(f"{name}: the audit log is whole, {lines} lines")
     else:
-        click.echo(f"{name}: the audit log is NOT whole: {text}")
+        click.echo(f"{name}: the audit log is NOT whole: {problem}")
     return 0 if problem is None else 1
 
 
@@ -75,7 +60,11 @@ def _text(entry: dict[str, object]) -> str:
     return f"{clock}  {rest}"
 
 
-async def _audit(run: str | None, server_key: str | None) -> tuple[str, list[str], Path | None]:
+async def _audit(run: str | None, server_key: str | None) -> tuple[str, list[str]]:
     async with opened(run, server_key) as session:
-        info = session.model.info
-        return session.model.name, await session.audit(), Path(info.dir) if info and info.dir else None
+        return session.model.name, await session.audit()
+
+
+async def _verified(run: str | None, server_key: str | None) -> tuple[str, int, str | None]:
+    async with opened(run, server_key) as session:
+        return session.model.name, *await session.verify_audit()

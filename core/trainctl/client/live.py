@@ -210,6 +210,12 @@ class LiveSession:
     async def audit(self) -> list[str]:
         return (await self._ask(AuditRequest(req=0, limit=_AUDIT_LINES), AuditLines)).lines
 
+    async def verify_audit(self) -> tuple[int, str | None]:
+        found = await self._ask(AuditRequest(req=0, limit=0, verify=True), AuditLines, _VERIFY_TIMEOUT_S)
+        if found.checked is None:
+            return 0, "the hub is of an older version and does not verify its log: read the run's directory instead"
+        return found.checked, found.problem
+
     # --- acting
 
     async def do(

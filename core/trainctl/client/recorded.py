@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from trainctl.client.errors import BadRequest, ClientError, NotReachable, Rejected
 from trainctl.client.model import Item, RunModel
 from trainctl.client.points import Points, all_pages
+from trainctl.store.audit import check_audit
 from trainctl.wire import manifest
 from trainctl.wire.commands import Action, spec_of
 from trainctl.wire.messages import (
@@ -136,6 +137,15 @@ class RecordedSession:
         except OSError as error:
             raise NotReachable(f"the audit log cannot be read: {error}") from None
         return text.splitlines()
+
+    async def verify_audit(self) -> tuple[int, str | None]:
+        def check() -> tuple[int, str | None]:
+            return check_audit(self._dir.audit_file, manifest.kept_audit_heads(self._dir.checkpoints))
+
+        try:
+            return await asyncio.to_thread(check)
+        except OSError as error:
+            raise NotReachable(f"the audit log cannot be read: {error}") from None
 
     def do(
         self,

@@ -92,6 +92,12 @@ class Session(Protocol):
     async def audit(self) -> list[str]:
         """The audit log's JSON lines as they stand in the file, oldest first."""
 
+    async def verify_audit(self) -> tuple[int, str | None]:
+        """How many lines the audit log has, all of them, and the first that is not as it was written, in words.
+
+        Verified where the log lies, against the hashes that checkpoints keep of it.
+        """
+
     async def close(self) -> None:
         """Let go of sockets; the run is not touched."""
 

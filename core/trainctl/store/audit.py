@@ -95,6 +95,12 @@ def verify_audit(path: Path, kept: Mapping[str, str] | None = None) -> AuditProb
     return verify_lines(_lines(path), kept)
 
 
+def check_audit(path: Path, kept: Mapping[str, str]) -> tuple[int, str | None]:
+    """The same, for who is not here: how many lines there are, and the problem in words. Raises OSError."""
+    problem = verify_audit(path, kept)
+    return sum(1 for _ in _lines(path)), None if problem is None else str(problem)
+
+
 def verify_lines(lines: Iterable[str], kept: Mapping[str, str] | None = None) -> AuditProblem | None:
     """The same for lines at hand, oldest first."""
     head, number = FIRST, 0
@@ -102,12 +108,16 @@ def verify_lines(lines: Iterable[str], kept: Mapping[str, str] | None = None) ->
     for number, line in enumerate(lines, start=1):
         try:
             found = json.loads(line)
+            # A name given twice, or spaces: readers of such a line need not agree on what it says.
+            altered = _canonical(found) != line.rstrip("\n")
             stated = found.pop("hash")
             previous = found["prev"]
         except (ValueError, KeyError, TypeError, AttributeError):
             return AuditProblem(line=number, text="is no entry of the audit log")
         if previous != head:
             return AuditProblem(line=number, text="does not follow the line before: one was changed, added or removed")
+        if altered:
+            return AuditProblem(line=number, text="was changed: it is not in the one form in which lines are written")
         if _hash(found) != stated:
             return AuditProblem(line=number, text="was changed: its hash does not fit its content")
         head = stated

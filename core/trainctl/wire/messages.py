@@ -411,7 +411,10 @@ class TunablesRequest(RequestBase, frozen=True, kw_only=True, tag="tunables"):
 
 
 class AuditRequest(RequestBase, frozen=True, kw_only=True, tag="audit"):
+    """The newest `limit` lines; with `verify` also whether the whole log is as it was written."""
+
     limit: int = 1000
+    verify: bool = False
 
 
 class NodesRequest(RequestBase, frozen=True, kw_only=True, tag="nodes"):
@@ -565,9 +568,11 @@ class Tunables(ReplyBase, frozen=True, kw_only=True, tag="tunables"):
 
 
 class AuditLines(ReplyBase, frozen=True, kw_only=True, tag="audit"):
-    """JSON lines as they stand in the file."""
+    """JSON lines as they stand in the file. If asked for, how many lines were `checked`, and the first `problem`."""
 
     lines: list[str]
+    checked: int | None = None
+    problem: str | None = None
 
 
 class Nodes(ReplyBase, frozen=True, kw_only=True, tag="nodes"):

@@ -9,11 +9,11 @@ from trainctl.hub.desk import CommandDesk
 from trainctl.hub.keeper import JournalKeeper
 from trainctl.hub.recorder import Recorder
 from trainctl.hub.snapshots import fitting
-from trainctl.store.audit import AuditLog
+from trainctl.store.audit import AuditLog, check_audit
 from trainctl.store.history import history_steps
 from trainctl.wire.codec import DATA_LIMIT
 from trainctl.wire.held_states import list_with_memory
-from trainctl.wire.manifest import DamagedCheckpoint, pick, remember_check, verify
+from trainctl.wire.manifest import DamagedCheckpoint, kept_audit_heads, pick, remember_check, verify
 from trainctl.wire.messages import (
     AuditLines,
     AuditRequest,
@@ -160,13 +160,18 @@ class Requests:
     async def _audit_lines(self, request: AuditRequest) -> AuditLines:
         try:
             lines = await asyncio.to_thread(self._audit.lines, request.limit)
+            checked, problem = await asyncio.to_thread(self._check_audit) if request.verify else (None, None)
         except OSError as error:
             raise Refusal("audit_unreadable", f"the audit log cannot be read: {error.strerror}") from None
         size, first = 0, len(lines)
         while first and size + len(lines[first - 1]) < _AUDIT_BYTES:
             first -= 1
             size += len(lines[first]) + 8
-        return AuditLines(req=request.req, lines=lines[first:])
+        return AuditLines(req=request.req, lines=lines[first:], checked=checked, problem=problem)
+
+    def _check_audit(self) -> tuple[int, str | None]:
+        # Here, where the whole log lies: whoever asks may see neither the directory nor more than a reply holds.
+        return check_audit(self._audit.path, kept_audit_heads(self._run_dir.checkpoints))
 
 
 def _check(directory: Path) -> tuple[bool, str]:

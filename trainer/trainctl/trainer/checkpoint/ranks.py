@@ -29,7 +29,7 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank. Raises LostTouch when a rank is gone."""
+        """Every rank's value, on every rank. Raises RanksLost when a rank is gone."""
         if self._group is None:
             return [value]
         gathered: list[Any] = [None] * self.world_size
