@@ -11,7 +11,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR
 
-from trainctl.trainer.override_hooks import UNOBSERVED_BOUNDARIES
+from trainctl.trainer.override_hooks import UNOBSERVED_BOUNDARIES, Watch
 from trainctl.trainer.override_rules import FIELDS, RELEASE
 from trainctl.trainer.overrides import Overrides
 from trainctl.wire.commands import LrRelease, LrScale, LrSet, SetTunable
@@ -312,10 +312,32 @@ def test_an_optimizer_that_never_passes_its_hooks_is_named() -> None:
     assert overrides.check(LrScale(factor=0.5), boundary=3) is None
 
 
-def test_boundaries_without_one_step_are_suspect_only_when_there_are_many() -> None:
+def test_boundaries_without_one_step_are_suspect_only_where_a_graph_may_make_them_and_when_there_are_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    overrides = Overrides([make()[1]])
+    assert overrides.unobserved(10 * UNOBSERVED_BOUNDARIES) is None, "on the CPU no graph replays a step"
+    monkeypatch.setattr(Watch, "may_be_captured", lambda _: True)
     overrides = Overrides([make()[1]])
     assert overrides.unobserved(UNOBSERVED_BOUNDARIES - 1) is None
     assert "Probe" in str(overrides.unobserved(UNOBSERVED_BOUNDARIES))
+
+
+def test_of_several_optimizers_one_may_be_idle_and_only_the_addressed_one_is_judged() -> None:
+    weight, other = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(1))
+    steps, idles = torch.optim.AdamW([weight]), torch.optim.AdamW([other])
+    overrides = Overrides([steps, idles])
+    for boundary in range(2 * UNOBSERVED_BOUNDARIES):
+        assert overrides.check(LrScale(factor=0.5), boundary=boundary) is None
+        weight.grad = torch.ones(1)
+        steps.step()
+    with torch.no_grad():
+        other.sub_(0.1)
+    after = 2 * UNOBSERVED_BOUNDARIES
+    assert overrides.check(LrScale(factor=0.5, group=0), boundary=after) is None
+    for group in (1, None):
+        refused = overrides.check(LrScale(factor=0.5, group=group), boundary=after)
+        assert "AdamW changes parameters without passing its step hooks" in str(refused)
 
 
 def test_a_wrapper_that_has_no_hooks_is_refused_by_name_and_left_alone() -> None:

@@ -24,6 +24,7 @@ from trainctl.wire.commands import (
 )
 from trainctl.wire.precedence import Relation, UnderWay, conflict_reason, outcome, relation
 
+DECAY_ALL, DECAY_0, DECAY_1 = (SetTunable(name="weight_decay", value=0.1, group=group) for group in (None, 0, 1))
 LR, CLIP, STEPS = LrSet(value=1e-4), SetTunable(name="clip", value=1.0), SetTunable(name="accumulation", value=4)
 
 
@@ -49,6 +50,10 @@ def under_way(action: Act, actor: str = "dana", *, scheduled: bool = False) -> U
         (LrSet(value=1e-4, group=1), LrSet(value=1e-3, group=1), "supersede", "conflict"),
         (CLIP, SetTunable(name="clip", value=2.0), "supersede", "conflict"),
         (CLIP, STEPS, "queue", "queue"),
+        (DECAY_1, DECAY_0, "queue", "conflict"),
+        (DECAY_1, DECAY_1, "supersede", "conflict"),
+        (DECAY_ALL, DECAY_0, "supersede", "conflict"),
+        (DECAY_0, DECAY_ALL, "queue", "conflict"),
         (Resume(), Pause(), "queue", "conflict"),
         (Pause(), Pause(), "queue", "conflict"),
         (LR, Rollback(target="last"), "queue", "conflict"),

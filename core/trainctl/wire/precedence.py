@@ -3,16 +3,15 @@
 | the newer command | the older one, still under way | then |
 |---|---|---|
 | anything that needs a boundary | stop, abort or restart | conflict: the run is ending |
-| abort, `abort --now`, restart | stop | queue: it waits no longer for the stop's own save |
+| abort, `abort --now`, restart | stop | queue: abort behind the stop's save, the others at once, by the agents |
 | lr set, lr release | the same operator's lr command of the same groups, not scheduled | supersede the older |
-| set NAME | the same operator's set NAME, not scheduled | supersede the older |
+| set NAME | the same operator's set NAME of the same groups, not scheduled | supersede the older |
 | lr …, set NAME, pause or resume | another operator's of the same (lr, NAME, or pause and resume) | conflict |
 | lr …, set, rollback | another operator's rollback | conflict |
 | rollback | another operator's lr …, set or rollback | conflict |
 | anything else | anything else | queue: one after another, in the order in which they were accepted |
 
-A queued command is decided at its own boundary: during a checkpoint, a rollback or a pause
-it waits its turn, and is rejected there if it makes no sense any more (pause while paused, resume while not).
+A queued command is decided at its own boundary; what it meets there says `wire/meets.py`.
 """
 
 from dataclasses import dataclass
@@ -85,7 +84,7 @@ def _replaces(newer: Act, older: Act) -> bool:
         case ((LrSet() | LrRelease()), (LrSet() | LrScale() | LrRelease())):
             return newer.group is None or newer.group == older.group
         case SetTunable(), SetTunable():
-            return newer.name == older.name
+            return newer.name == older.name and (newer.group is None or newer.group == older.group)
         case _:
             return False
 

@@ -119,6 +119,10 @@ class Watch:
                     return int(parameter._version)
         return 0
 
+    def may_be_captured(self) -> bool:
+        """Whether a CUDA graph could make this optimizer's steps."""
+        return any(parameter.is_cuda for group in self.optimizer.param_groups for parameter in group["params"])
+
     @contextlib.contextmanager
     def expected_writes(self) -> Iterator[None]:
         """Parameters are written to for a good reason: not to be taken for a step."""
@@ -136,8 +140,9 @@ class Watch:
     def unobserved(self, boundary: int) -> bool:
         """Whether parameters are changed by steps that pass no hook, judged from what happened since the last call.
 
-        Written to without one observed step: SAM's second step, foreign wrappers. No step at all in many boundaries:
-        a captured graph. Within one step nothing new can be known, and the answer is the last one.
+        Written to without one observed step: SAM's second step, foreign wrappers. No step at all in many boundaries, on
+        CUDA: a captured graph, whose replay counts no writes. Elsewhere an optimizer that makes no step is just idle:
+        frozen, or the other one's turn, as in a GAN. Within one step nothing new can be known: the last answer holds.
         """
         seen, observed, after = self.seen, self.observed, self.after
         passed = boundary - seen.boundary
@@ -145,7 +150,8 @@ class Watch:
             self.seen = Seen(observed=observed, boundary=boundary)
         elif passed >= 2 or (observed == 0 and passed >= 1):
             # A clean look needs a whole step: one that began before the last look has ended since then.
-            seen.problem = self.version() != after or passed >= UNOBSERVED_BOUNDARIES
+            replayed = passed >= UNOBSERVED_BOUNDARIES and self.may_be_captured()
+            seen.problem = self.version() != after or replayed
         return self.seen.problem
 
     def _before(self, begin: Callable[[], None]) -> None:

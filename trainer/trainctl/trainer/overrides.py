@@ -112,11 +112,19 @@ class Overrides:
             return f"there is no group {group}: the optimizers have {self.groups}, counted from 0"
         if isinstance(action, SetTunable) and (problem := self._field_problem(action)) is not None:
             return problem
-        return self.unobserved(boundary)
+        return self.unobserved(boundary, group=group)
 
-    def unobserved(self, boundary: int) -> str | None:
-        """Why an override would have no effect, or None: an optimizer whose steps do not pass its hooks."""
+    def unobserved(self, boundary: int, *, group: int | None = None) -> str | None:
+        """Why an override would have no effect, or None: an optimizer whose steps do not pass its hooks.
+
+        `group`: only the optimizer to which it belongs is looked at.
+        """
+        first = 0
         for watch in self._watches:
+            groups = range(first, first + len(watch.optimizer.param_groups))
+            first = groups.stop
+            if group is not None and group not in groups:
+                continue
             name = type(watch.optimizer).__name__
             if not watch.hooked:
                 return f"{name} runs no step hooks: pass the optimizer that it wraps to Run.attach"

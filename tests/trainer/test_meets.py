@@ -1,0 +1,156 @@
+"""What a command meets during a checkpoint, a rollback or a pause: the table of wire/meets.py, cell by cell."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from one_rank import OneRank
+from torch.distributed import HashStore
+
+from trainctl.trainer.actions import refusal
+from trainctl.trainer.agreement import Outcome, Proposal, Seal, encode
+from trainctl.trainer.boundary import Boundary
+from trainctl.trainer.checkpoint import checkpointer as checkpointer_module
+from trainctl.trainer.core import Callbacks, Hold
+from trainctl.trainer.leader import Leader, Prepared
+from trainctl.trainer.meeting import Connection
+from trainctl.wire.commands import (
+    REGISTRY,
+    Abort,
+    Act,
+    CheckpointSave,
+    Command,
+    Evaluate,
+    LrRelease,
+    LrScale,
+    LrSet,
+    Pause,
+    Resume,
+    Rollback,
+    SetTunable,
+    Stop,
+    carrier_of,
+)
+from trainctl.wire.meets import ROWS, Row, table
+from trainctl.wire.messages import CommandUpdate, LinkCommand
+from waiting import until
+
+ACTIONS: dict[type[Act], Act] = {
+    Pause: Pause(),
+    Resume: Resume(),
+    LrScale: LrScale(factor=0.5),
+    LrSet: LrSet(value=0.01),
+    LrRelease: LrRelease(),
+    SetTunable: SetTunable(name="clip", value=2.0),
+    CheckpointSave: CheckpointSave(),
+    Evaluate: Evaluate(),
+    Stop: Stop(),
+    Abort: Abort(),
+}
+OF_RANKS = [(row, command) for row in ROWS for command in row.commands if row.rolling_back == "behind the rollback"]
+each = pytest.mark.parametrize(("row", "command"), OF_RANKS, ids=lambda given: getattr(given, "__name__", ""))
+
+
+@pytest.fixture
+def rank(tmp_path: Path) -> OneRank:
+    made = OneRank(tmp_path)
+    made.core.callbacks = Callbacks(on_rollback=lambda _step: None, on_eval=lambda: {"val_loss": 1.0})
+    made.train(3)
+    made.overrides.scale_lr(1.0)
+    return made
+
+
+def action_of(rank: OneRank, command: type[Act]) -> Act:
+    return Rollback(target=rank.save()) if command is Rollback else ACTIONS[command]
+
+
+def test_every_command_has_one_row_and_the_docs_print_the_table() -> None:
+    named = [command for row in ROWS for command in row.commands]
+    operators = [spec.action for spec in REGISTRY.values()]
+    assert sorted(named, key=str) == sorted(operators, key=str)
+    documented = Path(__file__).parents[2].joinpath("docs", "commands.md").read_text(encoding="utf-8")
+    assert "\n".join(table()) in documented
+    for row in ROWS:
+        carriers = {carrier_of(ACTIONS[command]) for command in row.commands if command in ACTIONS}
+        assert carriers <= {"ranks"}
+
+
+@each
+def test_while_paused(row: Row, command: type[Act], rank: OneRank) -> None:
+    action = action_of(rank, command)
+    rank.core.hold = Hold(since=0.0, by="mk", resumes_at=None)
+    rank.core.boundary.held_at = rank.core.boundary.position
+    proposal = Proposal(number=1, command=Command(id="c", action=action), actor="mk", step=3)  # type: ignore[arg-type]
+    if row.paused.startswith("rejected"):
+        assert refusal(rank.core, proposal) == "the run is paused already"
+        return
+    rank.core.boundary.wake.set()
+    leave = threading.Timer(0.3, lambda: setattr(rank.core, "hold", None))
+    leave.start()
+    outcome = rank.do(action)
+    leave.join()
+    assert (row.paused, outcome.ok, rank.step) == ("at once, at the step that is held", True, 3)
+    assert outcome.step == 3
+
+
+@each
+def test_while_a_checkpoint_is_written(
+    row: Row, command: type[Act], rank: OneRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    action = action_of(rank, command)
+    if row.saving.startswith("rejected"):
+        proposal = Proposal(number=1, command=Command(id="c", action=action), actor="mk", step=3)  # type: ignore[arg-type]
+        assert refusal(rank.core, proposal) == "the run is not paused"
+        return
+    written, write = threading.Event(), checkpointer_module.write
+
+    def slow(*given: object) -> int:
+        written.wait(30)
+        return write(*given)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpointer_module, "write", slow)
+        assert rank.core.checkpointer is not None
+        saving = rank.core.checkpointer.begin_save(id="slow", step=3, incarnation=1, attempt=1, metrics={})
+        waits = row.saving == "waits for the one under way"
+        if waits:
+            threading.Timer(0.2, written.set).start()
+        resumes = threading.Timer(0.3, lambda: setattr(rank.core, "hold", None))  # from what a pause began
+        resumes.start()
+        assert rank.do(action).ok
+        resumes.join()
+        assert written.is_set() == waits
+        written.set()
+        assert saving.result(30).error is None
+    rank.core.checkpointer.drain(30)
+
+
+@each
+def test_while_a_rollback_loads_all_wait_behind_it(row: Row, command: type[Act]) -> None:
+    store, told = HashStore(), list[CommandUpdate]()
+    ranks = Connection(store, "p", Seal(b"", 1))
+    leader = Leader(
+        world_size=1,
+        boundary=Boundary(),
+        connection=Connection(store, "p", Seal(b"", 1)),
+        prepare=lambda asked: Prepared(two_phase=isinstance(asked.action, Rollback)),
+        tell=told.append,
+        incarnation=lambda: 1,
+    )
+    leader.start()
+    following = Rollback(target="best") if command is Rollback else ACTIONS[command]
+    for name, action in (("back", Rollback(target="last")), ("next", following)):
+        asked = Command(id=name, action=action)  # type: ignore[arg-type]
+        leader.submit(LinkCommand(command=asked, actor="mk", accepted=0.0))
+    ranks.wait(["p/1"], 10)
+    ranks.put("a/1/0", encode({"verdict": "ready", "step": 0}))
+    ranks.wait(["d/1"], 10)
+    ranks.put("l/1/0", encode(Outcome(ok=True, step=1)))
+    ranks.wait(["c/1"], 10)
+    assert not ranks.has(["p/2"]), row.rolling_back
+    ranks.put("r/1/0", encode(Outcome(ok=True, step=0)))
+    ranks.wait(["p/2"], 10)
+    ranks.put("a/2/0", encode({"verdict": "refused", "step": 0, "reason": "enough"}))
+    until(lambda: [update.id for update in told if update.state == "rejected"] == ["next"], 10)
+    leader.close()
+    leader.join(10)
