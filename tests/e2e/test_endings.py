@@ -81,6 +81,7 @@ def test_without_anybody_to_start_it_again_a_restart_is_refused_and_says_what_to
         reason = json.loads(refused.stdout)["reason"]
         assert "torchrun has no restart left" in reason
         assert "trainctl run --resume" in reason
+        assert trainctl_json("status", *run)["capabilities"]["restart"] == reason, "and is said beforehand"
         before = running.step()
         until(lambda: running.step() > before, 20, what="training goes on")
 

@@ -345,6 +345,30 @@ def test_nothing_is_accepted_on_the_strength_of_a_line_that_is_not_synced(tmp_pa
     asyncio.run(scenario())
 
 
+def test_an_id_of_long_ago_is_not_carried_out_again(tmp_path: Path) -> None:
+    run_dir, site = tmp_path / "run", tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text("import trainctl.store.record as record; record.SETTLED_COMMANDS_KEPT = 2")
+
+    async def scenario() -> None:
+        with hub_running(run_dir, env={"PYTHONPATH": str(site)}) as hub:
+            async with peer_of(hub.card()) as peer, following(peer) as heard:
+                for number in range(4):
+                    text = f"note {number}"
+                    await first_reply(peer, request(AddNote(text=text), f"n{number}"))
+                    await heard.until(
+                        lambda item, text=text: (
+                            isinstance(item, Envelope) and isinstance(item.body, Note) and item.body.text == text
+                        )
+                    )
+                assert (await first_reply(peer, request(AddNote(text="again"), "n3"))).after == "note 3", "as it ended"
+                with pytest.raises(Refused, match="n0 was used before"):
+                    await first_reply(peer, request(AddNote(text="again"), "n0"))
+        assert [name for name, _ in audited(run_dir)].count("n0") == 2, "its own two lines"
+
+    asyncio.run(scenario())
+
+
 def test_a_cut_log_is_found_by_the_hub_whatever_the_asker_can_see(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     log = AuditLog(run_dir / "audit.jsonl")

@@ -11,7 +11,7 @@ from hub_double import Rank, following, hub_running, peer_of, rank_linked, snaps
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainctl.hub.liveness import AT_LEAST_S, Finding, Liveness
+from trainctl.hub.liveness import AT_LEAST_S, FIRST_STEP_S, Finding, Liveness
 from trainctl.wire.messages import Envelope, ProcessReading, RankChanged, RankFigures, RankPlace, Ranks
 
 PLACES = [RankPlace(rank=rank, node="n", pid=100 + rank) for rank in range(2)]
@@ -164,6 +164,31 @@ def test_without_phases_the_step_that_does_not_come_tells() -> None:
         told.second(*(figures(rank, told.now + 1.0, 10) for rank in range(2)))
     assert told.news == [(0, "stuck"), (1, "stuck")]
     assert "no step for" in told.found[0][1].text
+
+
+@pytest.mark.parametrize("phase", ["communication", None])
+def test_a_hang_in_the_first_step_is_named_once_no_compilation_takes_so_long(phase: str | None) -> None:
+    told = Told()
+    began = told.now if phase else None
+    for _ in range(int(FIRST_STEP_S)):
+        told.second(*(figures(rank, told.now + 1.0, 0, phase, began, "starting") for rank in range(2)))
+    assert told.news == []
+    for _ in range(5):
+        told.second(*(figures(rank, told.now + 1.0, 0, phase, began, "starting") for rank in range(2)))
+    assert told.news == [(0, "stuck"), (1, "stuck")]
+    assert told.found[0][1].text.startswith(f"in {phase or 'no phase'} for 12")
+    assert "in its first step after step 0" in told.found[0][1].text
+    told.well(2)
+    assert told.news[2:] == [(0, "running"), (1, "running")]
+
+
+def test_a_rank_that_stopped_between_two_phases_is_named_so() -> None:
+    told = Told()
+    told.well(20)
+    last = msgspec.structs.replace(figures(1, told.now + 1.0, 21), phases_s={"backward": 0.1})
+    for _ in range(12):
+        told.second(figures(0, told.now + 1.0, told.step + 1), last)
+    assert "it was after step 21 between two phases" in told.found[0][1].text
 
 
 @pytest.mark.parametrize("state", ["paused", "starting", "evaluating", "checkpointing"])

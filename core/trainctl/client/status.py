@@ -133,7 +133,7 @@ def capabilities(info: RunInfo | None) -> dict[str, bool | str]:
     found: dict[str, bool | str] = {name: _true_or_reason(value) for name, value in info.capabilities.items()}
     for name, spec in REGISTRY.items():
         if spec.capability is None:
-            found[name] = True
+            found.setdefault(name, True)  # the hub says whether a restart can be had
         else:
             found[name] = _true_or_reason(info.capabilities.get(spec.capability, False))
     return found

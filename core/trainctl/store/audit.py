@@ -67,6 +67,15 @@ class AuditLog:
             return []
         return text.splitlines()[-limit:] if limit > 0 else []
 
+    def mentions(self, command_id: str) -> bool:
+        """Whether a command of this id was ever written down. Reads the whole log; raises OSError."""
+        wanted = f'"id":{json.dumps(command_id)}'.encode()
+        try:
+            with self.path.open("rb") as file:
+                return any(wanted in line and json.loads(line).get("id") == command_id for line in file)
+        except FileNotFoundError:
+            return False
+
     def _learn_head(self) -> None:
         if self._known:
             return

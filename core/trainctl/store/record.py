@@ -76,6 +76,7 @@ class RunRecord:
         self._links = LinkHeads()
         self._checkpoint_incarnations: dict[str, int] = {}
         self._settled: deque[str] = deque()
+        self.forgets = False  # commands that were settled long ago are in the audit log only
         self._directory = Path(info.dir)
 
     # --- being told
@@ -158,6 +159,7 @@ class RunRecord:
         self.events.extend(saved.events)
         self.commands = {update.id: update for update in saved.commands}
         self._settled = deque(saved.settled)
+        self.forgets = len(self._settled) >= SETTLED_COMMANDS_KEPT
         self._checkpoint_incarnations = dict(saved.checkpoint_incarnations)
         self.damage.extend(saved.damage)
         self.metrics.restore(saved.metrics)
@@ -227,6 +229,7 @@ class RunRecord:
             self._settled.append(update.id)
             if len(self._settled) > SETTLED_COMMANDS_KEPT:
                 self.commands.pop(self._settled.popleft(), None)
+                self.forgets = True
 
     # --- answering
 

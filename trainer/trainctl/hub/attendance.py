@@ -152,8 +152,8 @@ class Attendance:
         known = self._board.knows(attempt)
         self._keeper.begin_attempt(attempt)
         self._line.link, self._line.attempt = link, attempt
-        self._board.take_info(hello.info)
         self._starts_again.learn(hello.pid)
+        self._board.take_info(self._starts_again.told_of(hello.info))
         self._roll_call.begin(hello.info)
         have, unwritten = self._record.link_have(attempt), self._keeper.unwritten_link()
         # What only our memory holds would go with us: rank 0 keeps it, and what it sends twice is taken once.
@@ -228,7 +228,7 @@ class Attendance:
             case LinkProgress(run=run):
                 self._board.become(self._board.life.progress(run, time.time(), time.monotonic()))
             case LinkInfo(info=info):
-                self._board.take_info(info)
+                self._board.take_info(self._starts_again.told_of(info))
             case LinkAgents(agents=agents):
                 self._agents.follow(agents)
             case LinkBye():

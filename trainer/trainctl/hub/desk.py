@@ -38,7 +38,7 @@ from trainctl.wire.messages import (
 )
 from trainctl.wire.precedence import UnderWay, conflict_reason, outcome
 from trainctl.wire.rundir import RunDir
-from trainctl.wire.server import Caller, Server
+from trainctl.wire.server import Caller, Refusal, Server
 
 log = logging.getLogger(__name__)
 
@@ -95,8 +95,24 @@ class CommandDesk:
             if known is not None:
                 self._server.reply(caller, CommandReply(req=caller.req, update=known))
                 return
+            await self._refuse_used(command.id)
             self._watchers[command.id] = [caller]
             await self._accept(command, caller.actor.name)
+
+    async def _refuse_used(self, command_id: str) -> None:
+        """Raises `Refusal` for an id that was used so long ago that its outcome is in the audit log only."""
+        if not self._record.forgets:
+            return
+        try:
+            used = await asyncio.to_thread(self._audit.mentions, command_id)
+        except (OSError, ValueError):
+            return  # then nothing can be written down either, and what changes training is refused for that
+        if used:
+            raise Refusal(
+                "used_id",
+                f"the command id {command_id} was used before, for one of long ago: nothing was done",
+                "trainctl audit shows its outcome; send yours with another --command-id",
+            )
 
     def watch(self, command_id: str, caller: Caller) -> CommandUpdate | None:
         """Where a command stands; whoever asked also hears how it goes on."""

@@ -5,6 +5,7 @@ figures come, or which stays in one phase for longer than the larger of `AT_LEAS
 (`UNKNOWN_S` while no median is known); where it is in no phase, the same holds for the time since its last step.
 An evaluation or a save takes as long as it takes until three of them are known, and while one rank is at it the others
 may wait for it.
+In its first step, where nothing is known yet and a compilation takes minutes, the limit is `FIRST_STEP_S`.
 
 A rank's figures come by way of the store and rank 0. Where rank 0 itself is not heard the others are not judged, and
 where rank 0 is heard and brings nobody's figures, the store is to blame and not the ranks.
@@ -25,6 +26,7 @@ MEDIANS: Final = 5.0
 _KNOWN_BUSY = 3  # the first evaluation is often a short trial of it
 RELAY_S: Final = 3.0
 STORE_S: Final = 5.0
+FIRST_STEP_S: Final = 120.0
 _AWAKE_S = 5.0  # as in `stalled`: time in which the hub itself stood still counts for nothing
 _OBSERVED = 50
 _SAME_S = 0.05  # two readings of when a phase began differ by how the clocks are read
@@ -64,7 +66,8 @@ class _Rank:
         figures = self.figures
         if figures is None:
             return "before its first report"
-        return f"after step {figures.step}" + (f" in {figures.phase}" if figures.phase else "")
+        between = " between two phases" if figures.phases_s else ""
+        return f"after step {figures.step}" + (f" in {figures.phase}" if figures.phase else between)
 
     @property
     def is_busy(self) -> bool:
@@ -98,6 +101,8 @@ class _Rank:
         if silent_s > AT_LEAST_S:
             return f"nothing was heard of it for {silent_s:.0f} s: it was {self.where}"
         figures = self.figures
+        if figures is not None and figures.state == "starting":
+            return self._why_not_started(figures, now, silent_s)
         if figures is None or figures.state in _NOT_JUDGED:
             return None
         if figures.phase is not None and figures.phase_since is not None:
@@ -117,6 +122,16 @@ class _Rank:
         what = f"{where} for {for_s:.0f} s"
         usual = f", usually {median_s:.3g} s" if median_s is not None else ""
         return f"{what} after step {figures.step}{usual}"
+
+    def _why_not_started(self, figures: RankFigures, now: float, silent_s: float) -> str | None:
+        """Its first step may have to compile, load and connect; what hangs in it is named all the same."""
+        if figures.phase is not None and figures.phase_since is not None:
+            for_s, where = figures.time - figures.phase_since + silent_s, f"in {figures.phase}"
+        else:
+            for_s, where = now - self.stepped_at, "in no phase"
+        if for_s <= FIRST_STEP_S:
+            return None
+        return f"{where} for {for_s:.0f} s, in its first step after step {figures.step}"
 
     def finding(self, state: str, text: str, severity: Severity) -> Finding:
         step = self.figures.step if self.figures is not None else 0

@@ -3,7 +3,10 @@
 import contextlib
 from pathlib import Path
 
+import msgspec
+
 from trainctl.wire.launcher import find_launcher
+from trainctl.wire.messages import RunInfo
 
 _HOW = "end it with abort --now and start it again: trainctl run --resume"
 
@@ -23,6 +26,11 @@ class StartsAgain:
     def by_launcher(self) -> bool:
         """Whether a `trainctl run` would start it, which resumes from any checkpoint."""
         return find_launcher(self._directory) is not None
+
+    def told_of(self, info: RunInfo) -> RunInfo:
+        """The run's particulars, with whether it can be restarted, or why not: no rank knows that."""
+        able = {"restart": self.refusal("last") or True}
+        return msgspec.structs.replace(info, capabilities=info.capabilities | able)
 
     def refusal(self, target: str) -> str | None:
         """Why a restart from `target` cannot be had, with what to do instead, or None."""

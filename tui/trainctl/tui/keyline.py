@@ -31,8 +31,7 @@ _MORE = (("/", "filter"), (":", "palette"), ("?", "help"), ("q", "leave"))
 
 def off_reason(command: str, capabilities: Mapping[str, bool | str]) -> str | None:
     """Why a run does not support a command, or None. What a run does not mention it is taken to support."""
-    name = REGISTRY[command].capability
-    answer = capabilities.get(name, True) if name is not None else True
+    answer = capabilities.get(REGISTRY[command].capability or command, True)
     if answer is True:
         return None
     return answer if isinstance(answer, str) else "this run does not support it"
