@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import msgspec
 import psutil
-from history import Applied, History, RankRecord, Told, problems
+from history import Applied, Fate, History, RankRecord, Told, problems
 
 from jobs import Job
 from trainctl.client.connection import Connection
@@ -36,6 +36,7 @@ from trainctl.wire.commands import (
     Stop,
 )
 from trainctl.wire.messages import Card
+from waiting import until
 
 ANSWER_S = 30.0
 
@@ -220,18 +221,33 @@ class RealScene:
         children = psutil.Process(self.job.process.pid).children()
         return [child.pid for child in children if "steered.py" in " ".join(child.cmdline())]
 
+    async def kill_a_rank(self) -> None:
+        """Commands under way and one rank gone, of whatever number: torchrun ends the others."""
+        victim = self.dice.choice(self.rank_pids())
+        self.story.append(f"kill pid {victim}")
+        works = [self._later(self._command()) for _ in range(4)]
+
+        async def kill() -> None:
+            os.kill(victim, signal.SIGKILL)
+
+        await asyncio.gather(*works, self._later(kill()))
+        await asyncio.to_thread(self.job.wait, 60)
+
+    def settled(self) -> bool:
+        """Whether everything that was accepted has its outcome in the audit log."""
+        lines = (self.job.directory / "audit.jsonl").read_text().splitlines()
+        return all(state in FINAL_COMMAND_STATES for state in _outcomes(lines).values())
+
     async def stop(self) -> None:
         for number in range(20):
             if await self.operators[0].act(Stop(), f"stop{number}") == "applied":
                 return
         raise AssertionError("the job does not stop")
 
-    def judge(self, *, ended: bool) -> list[str]:
+    def judge(self, *, ended: bool, killed: bool = False) -> list[str]:
         """The verdict on everything so far. Only between episodes, when nothing is under way."""
-        ranks = [
-            RankRecord(rank=rank, applied=self._applied(rank), fate="left" if ended else "lives")
-            for rank in range(self.job.ranks)
-        ]
+        fate: Fate = "died" if killed else "left" if ended else "lives"
+        ranks = [RankRecord(rank=rank, applied=self._applied(rank), fate=fate) for rank in range(self.job.ranks)]
         lines = (self.job.directory / "audit.jsonl").read_text().splitlines()
         told = [told for operator in self.operators for told in operator.told]
         history = History(ranks=ranks, told=told, audit=lines, outcomes=_outcomes(lines), complete=ended)
@@ -260,8 +276,13 @@ def _outcomes(lines: list[str]) -> dict[str, str]:
     return found
 
 
-async def play(job: Job, seed: int, episodes: int, *, say: Callable[[str], None] = lambda _: None) -> list[str]:
-    """Play episodes on a running job, stop it, and return what is inconsistent, with the story behind it."""
+async def play(
+    job: Job, seed: int, episodes: int, *, kill: bool = False, say: Callable[[str], None] = lambda _: None
+) -> list[str]:
+    """Play episodes on a running job, stop it, and return what is inconsistent, with the story behind it.
+
+    `kill`: it is not stopped: one of its ranks is killed while commands are under way.
+    """
     async with RealScene(job, seed) as scene:
         for number in range(episodes):
             began = len(scene.story)
@@ -269,6 +290,11 @@ async def play(job: Job, seed: int, episodes: int, *, say: Callable[[str], None]
             if found := scene.judge(ended=False):
                 return [f"seed {seed}, episode {number}", *found, *scene.story[began:]]
             say(f"seed {seed}, episode {number}: {'; '.join(scene.story[began:])}")
+        if kill:
+            await scene.kill_a_rank()
+            await asyncio.to_thread(until, scene.settled, 60, what="outcomes of what was under way")
+            found = scene.judge(ended=True, killed=True)
+            return [f"seed {seed}, a rank is killed", *found, *scene.story] if found else []
         await scene.stop()
         code = await asyncio.to_thread(job.wait, 60)
         found = scene.judge(ended=True)

@@ -24,6 +24,9 @@ from trainctl.wire.commands import (
     Cancel,
     Command,
     Evaluate,
+    LrRelease,
+    LrScale,
+    LrSet,
     Pause,
     Resume,
     Rollback,
@@ -139,7 +142,7 @@ class Scene:
             condition=dice.choice(("step >= 0", "step < 0")) if dice.random() < 0.2 else None,
             expires_s=dice.uniform(0.01, 3.0) if dice.random() < 0.2 else None,
         )
-        if isinstance(command.action, SetTunable) and dice.random() < 0.3:
+        if isinstance(command.action, SetTunable | LrScale | LrSet) and dice.random() < 0.3:
             unless = dice.choice((None, "step >= 0", "step < 0"))
             command = Command(id=command.id, action=command.action, revert_after=dice.randint(1, 8), unless=unless)
         self.ids.append(command.id)
@@ -152,6 +155,8 @@ class Scene:
         dice = self.dice
         kind = dice.random()
         if kind < 0.5:
+            if dice.random() < 0.3:
+                return dice.choice((LrScale(factor=0.5), LrSet(value=0.01 * (number + 1)), LrRelease()))
             return SetTunable(name=dice.choice("xy"), value=number + 1)
         if kind < 0.62:
             return Pause(for_s=dice.uniform(0.1, 5.0) if dice.random() < 0.5 else None)
@@ -161,7 +166,7 @@ class Scene:
             return Rollback(target="last")
         if kind < 0.93 and self.ids:
             return Cancel(command=dice.choice(self.ids))
-        return dice.choice((Stop(), Abort(), Evaluate(), AddNote(text="so it is"), AddNote(text="so it was")))
+        return dice.choice((Stop(), Stop(), Abort(), Evaluate(), AddNote(text="so it is"), AddNote(text="so it was")))
 
     def _send(self, operator: Operator, command: Command) -> None:
         self.say(f"{operator.name} sends {command}")

@@ -7,12 +7,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from history import Applied, Fate, RankRecord
 from simulated_time import WALL, Process, World
 
 from trainctl.trainer import evaluation
 from trainctl.trainer.actions import Actions, Staged, refusal
-from trainctl.trainer.agreement import Outcome, Proposal, Seal
+from trainctl.trainer.agreement import Outcome, Proposal, Seal, in_two_phases
 from trainctl.trainer.boundary import Armed, Boundary
 from trainctl.trainer.buffer import RowBuffer
 from trainctl.trainer.checkpoint import CheckpointError
@@ -21,6 +22,7 @@ from trainctl.trainer.core import Callbacks, Core
 from trainctl.trainer.identity import RankIdentity, RunIdentity
 from trainctl.trainer.leader import Leader, Prepared
 from trainctl.trainer.meeting import Connection
+from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
 from trainctl.trainer.sender import Sender
 from trainctl.trainer.tunables import Tunables, TunableValue
@@ -264,6 +266,7 @@ class SimulatedRank:
             callbacks=Callbacks(on_eval=self._on_eval),
         )
         self.core.checkpointer = FakeCheckpointer(self.core, world.dice, job.saves)  # type: ignore[assignment]
+        self.core.overrides = Overrides([torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)])
         for name in ("x", "y"):
             self.core.tunables.add(TunableValue(name, 0))
         self.control = SimulatedControl(
@@ -421,7 +424,7 @@ class SimulatedJob:
         if core.boundary.closed or core.ending is not None:
             return "the run is ending: there is no further boundary"
         if not isinstance(command.action, Rollback):
-            return Prepared(two_phase=command.condition is not None)
+            return Prepared(two_phase=in_two_phases(command))
         self._incarnations += 1
         target = max(0, core.boundary.completed - 5)
         return Prepared(two_phase=True, checkpoint=f"step-{target}", incarnation=self._incarnations)

@@ -1,4 +1,4 @@
-"""Some dozens of real histories: ranks under torchrun, hubs killed, ranks and hubs stopped, a line that is cut.
+"""Some dozens of real histories: ranks under torchrun, hubs killed, ranks killed or stopped, a line that is cut.
 
 `make soak` plays many more, from other seeds.
 """
@@ -11,7 +11,12 @@ from real_history import run_job
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(240)]
 
 
-@pytest.mark.parametrize(("ranks", "seed", "episodes"), [(2, 11, 16), (4, 13, 10)])
-def test_what_ranks_audit_and_operators_say_agrees(ranks: int, seed: int, episodes: int, tmp_path: Path) -> None:
-    found = run_job(seed, ranks, tmp_path, episodes)
+@pytest.mark.parametrize(
+    ("ranks", "seed", "episodes", "kill"), [(2, 11, 16, False), (4, 13, 10, False), (2, 17, 1, True), (2, 18, 1, True)]
+)
+def test_what_ranks_audit_and_operators_say_agrees(
+    ranks: int, seed: int, episodes: int, kill: bool, tmp_path: Path
+) -> None:
+    print(f"real history, seed {seed}")
+    found = run_job(seed, ranks, tmp_path, episodes, kill=kill)
     assert not found, "\n".join(found)

@@ -1,12 +1,13 @@
-"""A thousand histories of real code in simulated time, each with its own operators, commands and faults, all judged.
+"""Two thousand histories of real code in simulated time, each with its own operators, commands and faults, all judged.
 
-A failure names its seed; `python tests/histories/soak.py --simulated SEED` lives through it again and tells its story.
+Their seeds are printed (`pytest -rA`) and are a property in pytest's reports; a failure names the one.
+`python tests/histories/soak.py --simulated SEED` lives through it again and tells its story.
 """
 
 import logging
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from trainctl.trainer import control
 from trainctl.trainer.agreement import Position
 from trainctl.trainer.boundary import Armed
 
-COUNT = 1000
+COUNT, EACH = 2000, 200  # in several tests, so that they run beside one another
 
 
 @pytest.fixture
@@ -32,17 +33,22 @@ def told(lived: Lived) -> str:
     return "\n".join([f"seed {lived.seed}", *lived.problems, again])
 
 
-def test_no_command_is_half_applied_lost_or_lied_about(directory: Path) -> None:
+@pytest.mark.parametrize("first", range(0, COUNT, EACH))
+def test_no_command_is_half_applied_lost_or_lied_about(
+    first: int, directory: Path, record_property: Callable[[str, object], None]
+) -> None:
+    record_property("seeds", f"{first} to {first + EACH - 1}")
+    print(f"simulated histories, seeds {first} to {first + EACH - 1}")
     states: Counter[str] = Counter()
     applied = inside = 0
-    for seed in range(COUNT):
+    for seed in range(first, first + EACH):
         lived = live(seed, directory)
         assert not lived.problems, told(lived)
         states.update(lived.states)
         applied += lived.applied
         inside += lived.inside
-    assert applied > COUNT, "and a good part of the commands came through"
-    assert inside > COUNT / 10, "some of them between two batches of an evaluation"
+    assert applied > EACH, "and a good part of the commands came through"
+    assert inside > EACH / 50, "some of them between two batches of an evaluation"
     assert states.keys() >= {"applied", "rejected", "expired", "failed", "unknown"}, "every kind of outcome is met"
 
 

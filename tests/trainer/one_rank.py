@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trainctl.trainer.actions import Actions, begin_save, refusal
-from trainctl.trainer.agreement import Outcome, Proposal
+from trainctl.trainer.agreement import Outcome, Proposal, in_two_phases
 from trainctl.trainer.boundary import Armed, Boundary
 from trainctl.trainer.buffer import RowBuffer
 from trainctl.trainer.checkpoint import Accessor, Checkpointer, State
@@ -150,7 +150,7 @@ class OneRank:
             command=command,
             actor="mk",
             step=core.boundary.completed,
-            two_phase=rollback is not None or command.condition is not None,
+            two_phase=in_two_phases(command),
             checkpoint=rollback.target if rollback is not None else None,
             incarnation=core.incarnation + 1,
             undo=undo,

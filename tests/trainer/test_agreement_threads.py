@@ -9,7 +9,7 @@ import pytest
 from torch.distributed import HashStore
 
 from trainctl.trainer.actions import Actions, refusal
-from trainctl.trainer.agreement import Seal
+from trainctl.trainer.agreement import Seal, in_two_phases
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.buffer import RowBuffer
 from trainctl.trainer.control import Control, InDoubt
@@ -90,7 +90,7 @@ class Job:
             world_size=ranks,
             boundary=self.ranks[0].core.boundary,
             connection=Connection(store, "p", Seal(b"secret", 1)),
-            prepare=lambda command: Prepared(two_phase=command.condition is not None or command.expires_s is not None),
+            prepare=lambda command: Prepared(two_phase=in_two_phases(command)),
             later=later,
             tell=self.updates.append,
             incarnation=lambda: 1,

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import msgspec
 from msgspec import Struct
 
-from trainctl.wire.commands import Command, Resume
+from trainctl.wire.commands import Command, Resume, Rollback
 from trainctl.wire.messages import Scalar
 
 PATIENCE_S = 0.1
@@ -125,6 +125,15 @@ class Outcome(Struct, frozen=True, kw_only=True):
 
 
 Verdict: TypeAlias = Literal["go", "again", "refused"]
+
+
+def in_two_phases(command: Command) -> bool:
+    """Whether it is staged before it is applied.
+
+    So is what can fail after the agreement (a rollback's loading), what rank 0 alone may decide at the boundary, and
+    what is to be withdrawn until the last moment.
+    """
+    return isinstance(command.action, Rollback) or command.condition is not None or command.expires_s is not None
 
 
 def answer(proposed: Position, *, at: Position, held_at: Position | None, refusal: str | None) -> Answer:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from trainctl.trainer import fallback, steering
 from trainctl.trainer.actions import Actions, begin_branch, position, refusal
 from trainctl.trainer.agents import NodeAgent
+from trainctl.trainer.agreement import in_two_phases
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.buffer import RowBuffer
 from trainctl.trainer.checkpoint import MEMORY_CHECKPOINTS, Accessor, Checkpointer, CheckpointError, Loaded, State
@@ -341,8 +342,7 @@ def prepare(core: Core, command: Command) -> Prepared | str:
     if core.boundary.closed or core.ending is not None:
         return "the run is ending: there is no further boundary"
     if not isinstance(action, Rollback):
-        # In two phases what rank 0 alone may decide, and what is to be withdrawn until the last moment.
-        return Prepared(two_phase=command.condition is not None or command.expires_s is not None)
+        return Prepared(two_phase=in_two_phases(command))
     held = core.checkpointer.in_memory if core.checkpointer is not None else []
     known = list_with_memory(RunDir(core.identity.directory).checkpoints, held)
     target = pick(known, action.target)
@@ -353,7 +353,7 @@ def prepare(core: Core, command: Command) -> Prepared | str:
         incarnation = RunDir(core.identity.directory).allocate("incarnation")
     except OSError as error:
         return f"no new incarnation can be recorded: {error.strerror or error}"
-    return Prepared(two_phase=True, checkpoint=target.id, incarnation=incarnation)
+    return Prepared(two_phase=in_two_phases(command), checkpoint=target.id, incarnation=incarnation)
 
 
 def waits_for_a_save(core: Core, command: Command) -> bool:
