@@ -50,8 +50,8 @@ def classes_of_torch() -> set[str]:
     }
 
 
-# --- the schedules of Transformers, by their formulas: shares of the learning rate, after `warmup` steps up a line. There,
-# too, they are LambdaLRs; the library itself is large, and is not installed for this.
+# --- the schedules of Transformers, by their formulas: shares of the learning rate, after `warmup` steps up a line.
+# There they are LambdaLRs, too; the library itself is large, and is not installed for this.
 
 
 def with_warmup(share: Callable[[int], float], warmup: int = 6) -> Make:
