@@ -218,10 +218,14 @@ class SimulatedHub:
         while True:
             self.world.sleep(1.0)
             self.desk.tick(WALL + self.world.now)
-            settled = not self.record.pending and not self.desk._orphans and not self.busy
-            if self.ended and self.job.over() and settled and self.world.now > self.job.calm_at:
+            if self._settled():
                 self.world.sleep(1.0)
-                self.world.finish()
+                if self._settled():  # nobody asked again meanwhile
+                    self.world.finish()
+
+    def _settled(self) -> bool:
+        at_rest = not self.record.pending and not self.desk._orphans and not self.busy
+        return self.ended and self.job.over() and at_rest and self.world.now > self.job.calm_at
 
 
 class RankLink:

@@ -114,12 +114,13 @@ def test_while_a_checkpoint_is_written(
         saving = rank.core.checkpointer.begin_save(id="slow", step=3, incarnation=1, attempt=1, metrics={})
         waits = row.saving == "waits for the one under way"
         if waits:
-            threading.Timer(0.2, written.set).start()
-        resumes = threading.Timer(0.3, lambda: setattr(rank.core, "hold", None))  # from what a pause began
+            threading.Timer(0.5, written.set).start()
+        resumes = threading.Timer(0.1, lambda: setattr(rank.core, "hold", None))  # from what a pause began
         resumes.start()
         assert rank.do(action).ok
+        waited = written.is_set()
         resumes.join()
-        assert written.is_set() == waits
+        assert waited == waits
         written.set()
         assert saving.result(30).error is None
     rank.core.checkpointer.drain(30)

@@ -28,6 +28,7 @@ from trainctl.wire.commands import (
 
 Met: TypeAlias = Literal[
     "at its boundary",
+    "at its boundary, written after that one",
     "waits for the one under way",
     "behind the rollback",
     "at once, at the step that is held",
@@ -62,7 +63,7 @@ ROWS = (
     _of_ranks("pause", Pause, paused="rejected: it is paused already"),
     _of_ranks("resume", Resume, saving="rejected: it is not paused"),
     _of_ranks("lr …, set NAME", LrScale, LrSet, LrRelease, SetTunable),
-    _of_ranks("checkpoint save", CheckpointSave, saving="waits for the one under way"),
+    _of_ranks("checkpoint save", CheckpointSave, saving="at its boundary, written after that one"),
     _of_ranks("rollback", Rollback, saving="waits for the one under way"),
     _of_ranks("eval", Evaluate),
     _of_ranks("stop", Stop, saving="waits for the one under way"),
