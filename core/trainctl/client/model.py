@@ -15,11 +15,13 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from trainctl.wire.commands import FINAL_COMMAND_STATES
+from trainctl.wire.manifest import pick
 from trainctl.wire.messages import (
     FINAL_STATES,
     Beat,
     Body,
     CheckpointInfo,
+    CheckpointRemoved,
     CheckpointSaved,
     CommandUpdate,
     Envelope,
@@ -170,6 +172,8 @@ class RunModel:
                 self._take_command(event)
             case CheckpointSaved():
                 self._take_checkpoint(event)
+            case CheckpointRemoved():
+                self.checkpoints = [info for info in self.checkpoints if info.id != event.id]
             case RankChanged() if event.rank in self.ranks:
                 self.ranks[event.rank] = msgspec.structs.replace(self.ranks[event.rank], state=event.state)
             case NodeChanged() if event.node in self.nodes and event.state in {"alive", "lost"}:
@@ -226,6 +230,11 @@ class RunModel:
     def ended(self) -> bool:
         """Whether the run is in a state that it does not leave by itself."""
         return self.state is not None and self.state.state in FINAL_STATES
+
+    @property
+    def best_checkpoint(self) -> CheckpointInfo | None:
+        """The best by the run's own metric and mode."""
+        return pick(self.checkpoints, "best", self.info.best_by if self.info else None)
 
     @property
     def total_steps(self) -> int | None:

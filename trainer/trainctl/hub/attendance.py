@@ -9,6 +9,7 @@ from trainctl.hub.agents import AgentRelay
 from trainctl.hub.board import RunBoard
 from trainctl.hub.desk import CommandDesk
 from trainctl.hub.endings import Endings
+from trainctl.hub.health import Health
 from trainctl.hub.keeper import JournalKeeper
 from trainctl.hub.link import LinkListener, RankLine, RankLink
 from trainctl.hub.ownership import Ownership
@@ -57,6 +58,7 @@ class Attendance:
         endings: Endings,
         starts_again: StartsAgain,
         roll_call: RollCall,
+        health: Health,
     ) -> None:
         self._run_id = run_id
         self._line = line
@@ -70,6 +72,7 @@ class Attendance:
         self._endings = endings
         self._starts_again = starts_again
         self._roll_call = roll_call
+        self._health = health
         self.idle_since = time.monotonic()
 
     async def serve(self, listener: LinkListener) -> None:
@@ -151,6 +154,7 @@ class Attendance:
         self._starts_again.learn(hello.pid)
         self._roll_call.begin(hello.info)
         link.send(LinkWelcome(epoch=self._ownership.epoch, have=self._record.link_have(attempt)))
+        self._health.tell()
         self._desk.rank_came(new_attempt=not known)
         if not known:
             self._board.begin(hello)

@@ -8,6 +8,7 @@ from trainctl.wire.commands import (
     Act,
     Cancel,
     CheckpointPin,
+    CheckpointRemove,
     CheckpointSave,
     CheckpointUnpin,
     Command,
@@ -25,6 +26,7 @@ from trainctl.wire.commands import (
 from trainctl.wire.expressions import ExpressionError, parse
 from trainctl.wire.manifest import pick
 from trainctl.wire.messages import FINAL_STATES, CheckpointInfo, CommandUpdate, RunInfo, RunStateName, Tunable
+from trainctl.wire.removal import why_kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class Situation:
     linked: bool
     checkpoints: list[CheckpointInfo]
     commands: dict[str, CommandUpdate]
+    targets: frozenset[str] = frozenset()  # checkpoints that commands under way go back to
     no_restart: str | None = None  # why nobody would start the next attempt
 
 
@@ -109,10 +112,10 @@ def _endable(action: Act, situation: Situation) -> str | None:
 def _target(command: Command, situation: Situation) -> str | None:
     action = command.action
     match action:
-        case Rollback(target=target) if pick(situation.checkpoints, target) is None:
+        case Rollback(target=target) if pick(situation.checkpoints, target, situation.info.best_by) is None:
             return _no_checkpoint(target, situation.checkpoints)
         case Restart(target=target) if target != "last":
-            found_one = pick(situation.checkpoints, target)
+            found_one = pick(situation.checkpoints, target, situation.info.best_by)
             if found_one is None:
                 return _no_checkpoint(target, situation.checkpoints)
             if found_one.verified is False:
@@ -120,6 +123,10 @@ def _target(command: Command, situation: Situation) -> str | None:
         case CheckpointPin(checkpoint=target) | CheckpointUnpin(checkpoint=target):
             if pick(situation.checkpoints, target) is None:
                 return _no_checkpoint(target, situation.checkpoints)
+        case CheckpointRemove(checkpoint=target):
+            if situation.state == "starting":
+                return "the run is starting, and may be restoring it: nothing was done; try again when it trains"
+            return why_kept(situation.checkpoints, target, situation.targets)
         case Cancel(command=target):
             found = situation.commands.get(target)
             if found is None:

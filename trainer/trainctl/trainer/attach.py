@@ -18,8 +18,9 @@ from trainctl.trainer.actions import Actions, begin_branch, position, refusal
 from trainctl.trainer.agents import NodeAgent
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.buffer import RowBuffer
-from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, State
+from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, Retention, State
 from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
+from trainctl.trainer.checkpoint.script_files import ScriptFiles
 from trainctl.trainer.control import Control
 from trainctl.trainer.core import Callbacks, Core
 from trainctl.trainer.device import Accelerator, Pools
@@ -60,6 +61,8 @@ class Script:
     flops_per_step: float | None = None
     peak_flops: float | None = None
     sinks: Sequence[str] = ()
+    keep: Retention | None = None
+    files: ScriptFiles | None = None
 
 
 @dataclass(kw_only=True)
@@ -93,6 +96,7 @@ def start(script: Script) -> Parts:
         tunables=Tunables(),
         callbacks=script.callbacks,
         incarnation=identity.incarnation,
+        retention=script.keep,
     )
     if script.optimizers:
         core.overrides = Overrides(script.optimizers, phase=core.phases.get("optimizer"))
@@ -103,7 +107,7 @@ def start(script: Script) -> Parts:
     core.rank_places = gather_places(core, group)
     tracked: dict[str, Any] = {}
     alone_or_grouped = place.world_size == 1 or group is not None
-    if identity.problem is None and alone_or_grouped and (script.models or script.optimizers):
+    if identity.problem is None and alone_or_grouped and (script.models or script.optimizers or script.files):
         core.checkpointer = _checkpointer(script, core, group, tracked)
     connections, agreement_problem = _connections(place.world_size, group, identity, secret, leads=place.leads)
     core.capabilities = capabilities(script, core, agreement_problem)
@@ -150,17 +154,19 @@ def _own_group(world_size: int) -> Any:
 
 
 def _checkpointer(script: Script, core: Core, group: Any, tracked: dict[str, Any]) -> Checkpointer:
+    ours = script.files is None  # else the script saves and loads these by itself
     state = State(
-        models=script.models,
-        optimizers=script.optimizers,
-        schedulers=script.schedulers,
-        scaler=script.scaler,
+        models=script.models if ours else (),
+        optimizers=script.optimizers if ours else (),
+        schedulers=script.schedulers if ours else (),
+        scaler=script.scaler if ours else None,
         loader=core.feed,
         tracked=tracked,
         overrides=core.overrides,
         tunables=Accessor(get=core.tunables.values, set=core.tunables.restore),
         trials=core.reverts,
         counters=core.counters,
+        script=script.files,
     )
     return Checkpointer(
         directory=RunDir(core.identity.directory).checkpoints,
@@ -217,7 +223,7 @@ def capabilities(script: Script, core: Core, agreement_problem: str | None) -> d
     if core.overrides is None:
         able["lr"] = "no optimizer was given to Run.attach"
     if core.checkpointer is None:
-        able["checkpoint"] = core.identity.problem or "no model or optimizer was given to Run.attach"
+        able["checkpoint"] = core.identity.problem or "no model, optimizer or save= was given to Run.attach"
         able["rollback"] = able["checkpoint"]
     elif core.feed is None and core.callbacks.on_rollback is None:
         able["rollback"] = "the script owns its data iterator: give on_rollback= or loader= to Run.attach"
@@ -317,8 +323,10 @@ def prepare(core: Core, command: Command) -> Prepared | str:
     if not isinstance(action, Rollback):
         # In two phases what rank 0 alone may decide, and what is to be withdrawn until the last moment.
         return Prepared(two_phase=command.condition is not None or command.expires_s is not None)
-    known = list_checkpoints(RunDir(core.identity.directory).checkpoints)
-    target = pick(known, action.target)
+    with core.deleting:
+        known = list_checkpoints(RunDir(core.identity.directory).checkpoints)
+        target = pick(known, action.target, core.best_by)
+        core.rollback_target = target.id if target is not None else None
     if target is None:
         steps = ", ".join(str(info.step) for info in known[-8:]) or "none yet"
         return f"there is no checkpoint {action.target!r}; there are, by step: {steps}"
@@ -387,7 +395,7 @@ def _candidates(core: Core, asked: str | None) -> list[str]:
     """The checkpoints to try, in order."""
     known = list_checkpoints(RunDir(core.identity.directory).checkpoints)
     if asked and asked not in {"1", "last"}:
-        target = pick(known, asked)
+        target = pick(known, asked, core.best_by)
         return [target.id] if target is not None else []
     return [info.id for info in reversed(known) if info.verified is not False and not info.abandoned]
 
@@ -411,6 +419,7 @@ def run_info(script: Script, core: Core) -> RunInfo:
         ranks=core.rank_places,
         authenticated_ranks=identity.authenticated,
         sinks=list(script.sinks),
+        best_by=core.best_by,
     )
 
 

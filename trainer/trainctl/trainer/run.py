@@ -19,6 +19,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -29,7 +30,8 @@ from trainctl.trainer import attach as attaching
 from trainctl.trainer import forks
 from trainctl.trainer.actions import begin_save, position, save_before_the_end
 from trainctl.trainer.buffer import StepMark
-from trainctl.trainer.checkpoint import Accessor
+from trainctl.trainer.checkpoint import Accessor, Retention
+from trainctl.trainer.checkpoint.script_files import script_files
 from trainctl.trainer.control import InDoubt
 from trainctl.trainer.core import Callbacks
 from trainctl.trainer.evaluation import batches as evaluation_batches
@@ -88,6 +90,9 @@ class Run:
         flops_per_step: float | None = None,
         peak_flops: float | None = None,
         sinks: Sequence[str] = (),
+        keep: Retention | None = None,
+        save: Callable[[Path], None] | None = None,
+        load: Callable[[Path], None] | None = None,
     ) -> "Run":
         """Join a run, on every rank, after the process group and everything named here was made.
 
@@ -98,6 +103,10 @@ class Run:
         `flops_per_step` is what one step costs over all ranks, forward and backward, where the script knows it better
         than `measure_flops` would; `peak_flops` what one device can do, in FLOP/s: both only for showing the MFU.
         `sinks` names where the hub copies the history to besides, such as ["tensorboard"] (docs/sinks.md).
+        `keep` says which checkpoints stay, such as Retention(last=3, metric="val_loss"); without it all do.
+        `save(directory)` and `load(directory)` take the place of our own saving of models, optimizers, schedulers and
+        scaler: every rank calls them at the boundary, to write its files into the checkpoint's directory and to read
+        them back once they were verified (docs/checkpoints.md says what is promised then).
 
         Raises ValueError or TypeError on a wrong call, and `CheckpointError` when a checkpoint that TRAINCTL_RESUME
         names is damaged.
@@ -106,6 +115,8 @@ class Run:
         _check_flops(flops_per_step=flops_per_step, peak_flops=peak_flops)
         if config is not None and not isinstance(config, Mapping):
             raise TypeError(f"config takes a mapping, such as vars(args), not {type(config).__name__}")
+        if keep is not None and not isinstance(keep, Retention):
+            raise TypeError(f"keep takes a Retention, such as Retention(last=3), not {type(keep).__name__}")
         script = attaching.Script(
             name=name,
             models=_several(model, nn.Module, "model"),
@@ -120,6 +131,8 @@ class Run:
             flops_per_step=flops_per_step,
             peak_flops=peak_flops,
             sinks=_names(sinks),
+            keep=keep,
+            files=script_files(save, load),
         )
         if os.environ.get("TRAINCTL", "").lower() == "off":
             from trainctl.trainer.off import OffRun
@@ -355,7 +368,7 @@ class Run:
             )
         else:
             loaded = core.checkpointer.load(core.resumed_from)
-            core.checkpointer.commit(loaded, restore_overrides=False)  # they are set already
+            core.checkpointer.commit(loaded, restore_overrides=False, script=False)  # these are restored already
             position(core, loaded, tell=False)
 
     def _intervals(self, step: int) -> None:

@@ -15,7 +15,7 @@ from trainctl.trainer.checkpoint.load import Loaded, read
 from trainctl.trainer.checkpoint.ranks import Ranks
 from trainctl.trainer.checkpoint.restore import commit
 from trainctl.trainer.checkpoint.retention import sweep
-from trainctl.trainer.checkpoint.save import PendingSave, Snapshot, write
+from trainctl.trainer.checkpoint.save import PendingSave, Snapshot, stage_script, write
 from trainctl.trainer.checkpoint.stage import Stager, layout_of
 from trainctl.trainer.checkpoint.state import State
 from trainctl.wire.rundir import RUN_ID
@@ -88,7 +88,7 @@ class Checkpointer:
             # JSON has no NaN, and a checkpoint is never the best by one.
             metrics={name: float(value) for name, value in metrics.items() if math.isfinite(value)},
             note=note,
-            **self._staged(),
+            **self._staged(id),
         )
         self._pending = PendingSave(
             id=id,
@@ -97,7 +97,12 @@ class Checkpointer:
         )
         return self._pending
 
-    def _staged(self) -> dict[str, Any]:
+    def _staged(self, checkpoint_id: str) -> dict[str, Any]:
+        if self.state.script is not None:
+            try:
+                stage_script(self.directory, checkpoint_id, self.state.script, self._ranks)
+            except CheckpointError as error:
+                return {"problem": str(error), "agreed": True}
         try:
             if self.state.overrides is not None:
                 self.state.overrides.heal()
@@ -106,6 +111,7 @@ class Checkpointer:
                 "tensors": self._stager.stage(shared.tensors),
                 "shared": shared.nodes,
                 "own": capture_rank(self.state).nodes,
+                "staged": self.state.script is not None,
             }
         except CheckpointError as error:
             return {"problem": str(error)}
@@ -123,14 +129,18 @@ class Checkpointer:
         live = self._ranks.together("the state cannot be taken", lambda: capture_shared(self.state))
         return read(self.directory, id, ranks=self._ranks, state=self.state, live=live)
 
-    def commit(self, loaded: Loaded, *, restore_overrides: bool = True) -> None:
+    def commit(self, loaded: Loaded, *, restore_overrides: bool = True, script: bool = True) -> None:
         """Copy a loaded checkpoint into the live state. No collective, nothing to verify: assignment only.
 
+        Where the script loads its own files, its `load` is called, unless `script` is false: that is more than
+        assignment, and what it raises passes through.
         `restore_overrides=False` leaves the operator's overrides and the tunables as they are now. Afterwards make the
         data iterator anew, then call `loaded.restore_rng()`.
         """
         if self.state.overrides is not None:
             self.state.overrides.heal()
+        if script and loaded.script is not None and self.state.script is not None:
+            self.state.script.load(loaded.script)
         devices = {name: tensor.device for name, tensor in capture_shared(self.state).tensors.items()}
         commit(self.state, loaded, devices=devices, restore_overrides=restore_overrides)
 

@@ -16,6 +16,7 @@ from trainctl.trainer.checkpoint.errors import CheckpointError
 from trainctl.trainer.checkpoint.ranks import Ranks
 from trainctl.trainer.checkpoint.rng import restore_rng
 from trainctl.trainer.checkpoint.save import DCP_METADATA, rank_file
+from trainctl.trainer.checkpoint.script_files import FOLDER, has_script_files
 from trainctl.trainer.checkpoint.sharded import local_part, twin
 from trainctl.trainer.checkpoint.state import State
 from trainctl.trainer.checkpoint.tree import Node, decode
@@ -51,6 +52,7 @@ class Loaded:
     own: dict[str, Node] = field(default_factory=dict, repr=False)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     same_ranks: bool = True
+    script: Path | None = None  # where the script's own files are, verified
 
     @property
     def counters(self) -> dict[str, Any]:
@@ -141,6 +143,10 @@ def _read_rank(path: Path, manifest: Manifest, ranks: Ranks, state: State, live:
         raise CheckpointError(f"{manifest.id}/{name} belongs to {content['id']}; {_REPLACE}")
     shared: dict[str, Node] = content["shared"]
     own: dict[str, Node] = content["own"]
+    by_script = has_script_files(manifest)
+    if by_script is not (state.script is not None):
+        written, wants = ("by the script's own save=", "load=") if by_script else ("by trainctl", "none of load=")
+        raise CheckpointError(f"{manifest.id} was written {written}, so Run.attach needs {wants}: nothing was changed")
     notes = _compare_parts(state, live, shared, own)
     if not same:
         notes.append(
@@ -165,6 +171,7 @@ def _read_rank(path: Path, manifest: Manifest, ranks: Ranks, state: State, live:
         own=own,
         tensors=tensors,
         same_ranks=same,
+        script=path / FOLDER if by_script else None,
     )
 
 

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from trainctl.trainer.checkpoint.errors import CheckpointError
 from trainctl.trainer.checkpoint.ranks import Ranks
+from trainctl.trainer.checkpoint.script_files import ScriptFiles, let_save, vouch_for
 from trainctl.trainer.checkpoint.sharded import local_part
 from trainctl.trainer.checkpoint.tree import Node
 from trainctl.wire.manifest import Manifest, ManifestFile, hash_file, write_manifest
@@ -61,6 +62,8 @@ class Snapshot:
     shared: dict[str, Node] = field(default_factory=dict)
     own: dict[str, Node] = field(default_factory=dict)
     problem: str | None = None
+    agreed: bool = False  # every rank has the same problem, and knows it
+    staged: bool = False  # the script's own files are in the stage directory already
 
 
 class PendingSave:
@@ -102,10 +105,16 @@ class PendingSave:
 def write(directory: Path, snapshot: Snapshot, ranks: Ranks) -> int:
     """Make the snapshot a checkpoint; its size in bytes. A collective. Raises CheckpointError, alike on all ranks."""
     stage = directory / f".{snapshot.id}.stage"
+    if snapshot.agreed:
+        raise CheckpointError(str(snapshot.problem))
     try:
         needed = _needed(snapshot, ranks)
-        ranks.on_first("the checkpoint cannot be begun", lambda: _open_stage(directory, stage, snapshot.id, needed))
-        files = _write_files(stage, snapshot, ranks)
+        if snapshot.staged:
+            theirs = ranks.gather(vouch_for(stage, ranks))
+        else:
+            ranks.on_first("the checkpoint cannot be begun", lambda: _open_stage(directory, stage, snapshot.id, needed))
+            theirs = []
+        files = [*(file for share in theirs for file in share), *_write_files(stage, snapshot, ranks)]
         ranks.on_first("the checkpoint cannot be completed", lambda: _commit(directory, stage, snapshot, ranks, files))
     except CheckpointError:
         if ranks.first:
@@ -113,6 +122,21 @@ def write(directory: Path, snapshot: Snapshot, ranks: Ranks) -> int:
             shutil.rmtree(stage, ignore_errors=True)
         raise
     return sum(file.bytes for file in files)
+
+
+def stage_script(directory: Path, checkpoint_id: str, files: ScriptFiles, ranks: Ranks) -> None:
+    """Open the stage directory and have the script write into it. A collective for the training thread.
+
+    Raises CheckpointError, alike on all ranks; then nothing of it is left.
+    """
+    stage = directory / f".{checkpoint_id}.stage"
+    try:
+        ranks.on_first("the checkpoint cannot be begun", lambda: _open_stage(directory, stage, checkpoint_id, 0))
+        let_save(files, stage, ranks)
+    except CheckpointError:
+        if ranks.first:
+            shutil.rmtree(stage, ignore_errors=True)
+        raise
 
 
 def _needed(snapshot: Snapshot, ranks: Ranks) -> int:
