@@ -269,7 +269,7 @@ def test_nothing_is_deleted_before_a_newer_one_was_verified(tmp_path: Path) -> N
     newest = tmp_path / "step-4" / "model.bin"
     content = newest.read_bytes()
     newest.write_bytes(content[:-1] + b"?")
-    with pytest.raises(CheckpointError, match="step-4.*no older checkpoint was deleted"):
+    with pytest.raises(CheckpointError, match=r"step-4.*no older checkpoint was deleted"):
         prune(tmp_path, Retention(last=1, best=0))
     assert names(tmp_path) == kept
     assert [found.verified for found in list_checkpoints(tmp_path)] == [None, None, True, False]

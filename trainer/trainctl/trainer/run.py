@@ -106,7 +106,7 @@ class Run:
         `keep` says which checkpoints stay, such as Retention(last=3, metric="val_loss"); without it all do.
         `save(directory)` and `load(directory)` take the place of our own saving of models, optimizers, schedulers and
         scaler: every rank calls them at the boundary, to write its files into the checkpoint's directory and to read
-        them back once they were verified (docs/checkpoints.md says what is promised then).
+        them back once they were verified (docs/retention.md says what is promised then).
 
         Raises ValueError or TypeError on a wrong call, and `CheckpointError` when a checkpoint that TRAINCTL_RESUME
         names is damaged.
