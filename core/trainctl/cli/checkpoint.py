@@ -114,7 +114,7 @@ def export(
     files = exporting.seen_from_here(directory, checkpoint_id, name)
     done = exporting.export(files, file, model=model, force=force)
     if as_json:
-        click.echo(dumps({"run": name} | done))
+        click.echo(dumps(done | {"run": name}))
         return
     click.echo(f"{name}: {done['tensors']} tensors of {checkpoint_id} (step {done['step']}) in {file}")
     if skipped := done["skipped"]:
