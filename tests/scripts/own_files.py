@@ -51,6 +51,8 @@ def main() -> None:
         optimizer=optimizer,
         loader=DataLoader(TensorDataset(inputs), batch_size=8, shuffle=True),
         total_steps=given.steps,
+        on_eval=lambda: {"score": 1.0} if run.step == 30 else None,  # the first that has it stays the best
+        eval_every=10,
         checkpoint_every=10,
         save=save,
         load=load,
@@ -63,7 +65,7 @@ def main() -> None:
             loss.backward()
             optimizer.step()
             step, incarnation = run.step + 1, run.incarnation
-            run.log(loss=loss, score=float(step == 30))  # the checkpoint of step 30 is the best
+            run.log(loss=loss)
             time.sleep(given.sleep)
             run.step_done()
             line = {"step": step, "incarnation": incarnation, "loss": loss.item()}

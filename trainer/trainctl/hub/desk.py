@@ -15,7 +15,6 @@ from trainctl.hub.rules import Situation, allowed_without_audit, rejection
 from trainctl.store.audit import AuditLog
 from trainctl.wire.commands import (
     FINAL_COMMAND_STATES,
-    Act,
     AddNote,
     Cancel,
     CheckpointPin,
@@ -31,6 +30,7 @@ from trainctl.wire.manifest import list_checkpoints, pick, pin
 from trainctl.wire.messages import (
     FINAL_STATES,
     Anomaly,
+    CheckpointInfo,
     CommandReply,
     CommandUpdate,
     LinkCancel,
@@ -117,7 +117,7 @@ class CommandDesk:
             linked=self._line.linked,
             checkpoints=checkpoints,
             commands=record.commands,
-            targets=targets_of(self._actions(), checkpoints, record.info.best_by),
+            targets=self._targets(checkpoints),
             no_restart=self._endings.refusal(command.action),
         )
         opened = _Open(command=command, actor=actor, accepted=time.time())
@@ -165,8 +165,12 @@ class CommandDesk:
             for opened in (*self._open.values(), *self._open_endings.values())
         ]
 
-    def _actions(self) -> list[Act]:
-        return [under_way.command.action for under_way in self._under_way()]
+    def _targets(self, checkpoints: list[CheckpointInfo]) -> frozenset[str]:
+        """The checkpoints that commands under way, or the attempt that is about to start, go back to."""
+        actions = [under_way.command.action for under_way in self._under_way()]
+        found = targets_of(actions, checkpoints, self._record.info.best_by)
+        ending = self._endings.of(self._record.state.attempt)
+        return found | {ending.target} if ending is not None else found
 
     async def _write_down(self, opened: _Open) -> str | None:
         command = opened.command
@@ -230,7 +234,7 @@ class CommandDesk:
 
     async def _remove(self, opened: _Open, target: str) -> None:
         try:
-            done = await remove(self._recorder, self._run_dir, target, opened.actor, self._actions)
+            done = await remove(self._recorder, self._run_dir, target, opened.actor, self._targets)
         except Exception as error:  # the operator must hear that it is not known, and why
             log.exception("a checkpoint could not be removed")
             done = Removed(state="unknown", reason=f"the hub failed while it removed {target}: {error}")

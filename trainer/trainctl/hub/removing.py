@@ -31,9 +31,13 @@ def targets_of(
 
 
 async def remove(
-    recorder: Recorder, run_dir: RunDir, checkpoint_id: str, actor: str, under_way: Callable[[], Collection[Act]]
+    recorder: Recorder,
+    run_dir: RunDir,
+    checkpoint_id: str,
+    actor: str,
+    targets: Callable[[list[CheckpointInfo]], Collection[str]],
 ) -> Removed:
-    """Verify the last good one, then delete the one that is meant.
+    """Verify the last good one, then delete the one that is meant. `targets`: what commands go back to, asked then.
 
     Between the last look and the moment at which its name is gone nothing else runs in the hub, so that no rollback to
     it is accepted meanwhile.
@@ -41,7 +45,7 @@ async def remove(
     directory, record = run_dir.checkpoints, recorder.record
     damaged = await asyncio.to_thread(verify_last_good, directory)
     found = known(directory, damaged)
-    reason = why_kept(found, checkpoint_id, targets_of(under_way(), found, record.info.best_by))
+    reason = why_kept(found, checkpoint_id, targets(found))
     if reason is not None:
         return Removed(state="rejected", reason=reason)
     size = next(info.bytes for info in found if info.id == checkpoint_id)
