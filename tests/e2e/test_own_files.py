@@ -59,10 +59,10 @@ def test_a_scripts_own_files_are_kept_by_policy_rolled_back_to_exactly_and_delet
             assert min(again) == 61
             assert again == {step: before[step] for step in again}, "to the bit, dropout and shuffling included"
 
+        held = trainctl_json("pause", *run)["step"]
+        until(lambda: listed(run)[-1]["step"] == held // 10 * 10, 20, what="the save that was under way")
         by_step = {found["step"]: found for found in listed(run)}
-        assert "last good" in refused(
-            "checkpoint", "rm", max(by_step.values(), key=lambda i: i["time"])["id"], "--yes", *run
-        )
+        assert "last good" in refused("checkpoint", "rm", "last", "--yes", *run)
         trainctl("checkpoint", "pin", by_step[20]["id"], *run)
         assert "pinned" in refused("checkpoint", "rm", "20", "--yes", *run)
         assert "asks first" in refused("checkpoint", "rm", "40", *run, code=2)
