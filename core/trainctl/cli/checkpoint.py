@@ -88,7 +88,7 @@ def unpin(asked: Asked, target: str) -> int:
 @acting_options()
 def rm(asked: Asked, target: str) -> int:
     """Delete a checkpoint for good; never the last good one, nor one that is pinned."""
-    ask_on_a_terminal(CheckpointRemove(checkpoint="0"), asked)  # before anybody is asked which one is meant
+    ask_on_a_terminal(CheckpointRemove(checkpoint=target), asked)  # before the run is asked which one that is
     info = asyncio.run(_info_of(asked, target))
 
     async def shown(session: Session) -> str:
