@@ -506,7 +506,7 @@ def test_a_checkpoint_is_deleted_from_the_palette_and_only_after_a_yes() -> None
         await cockpit.until("choose a checkpoint first")
         assert not isinstance(cockpit.app.screen, RemoveDialog)
         cockpit.app.commander.press("checkpoint rm", target="step-00003000-1")
-        await cockpit.until("Nothing brings it back")
+        await cockpit.until("deleted from the disk")
         await cockpit.press("enter")
         assert cockpit.sent == []
         await cockpit.press("y")
