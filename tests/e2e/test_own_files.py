@@ -35,13 +35,13 @@ def test_a_scripts_own_files_are_kept_by_policy_rolled_back_to_exactly_and_delet
         held = trainctl_json("pause", *run)["step"]
         newest = held // 10 * 10
 
-        def kept() -> list[int] | None:
+        def kept() -> bool:
             steps = [found["step"] for found in listed(run)]
             # The last two, the best by the script's own metric and mode, and each twentieth.
             wanted = {*range(20, newest + 1, 20), 30, newest, newest - 10}
-            return steps if set(steps) == wanted else None
+            return set(steps) == wanted
 
-        steps = until(kept, 20, what="the policy's checkpoints, and no other")
+        until(kept, 20, what="the policy's checkpoints, and no other")
         best = trainctl_json("rollback", "best", "--dry-run", *run)
         assert best["to_step"] == 30
         assert {event["by"] for event in _removals(run)} == {"retention"}
@@ -78,7 +78,7 @@ def test_a_scripts_own_files_are_kept_by_policy_rolled_back_to_exactly_and_delet
         assert "script's own save=" in refused("checkpoint", "export", "60", str(tmp_path / "x"), *run)
         able = trainctl_json("status", *run)["capabilities"]
         assert able["checkpoint rm"] is able["checkpoint verify"] is able["checkpoint export"] is True
-        assert steps
+        _a_load_that_raises_ends_the_job_and_the_last_good_checkpoint_stands(running, run)
 
 
 def _removals(run: list[str]) -> list[dict[str, Any]]:
@@ -86,16 +86,13 @@ def _removals(run: list[str]) -> list[dict[str, Any]]:
     return [line for line in map(json.loads, lines) if "by" in line]
 
 
-def test_a_load_of_the_scripts_that_raises_ends_the_job_and_the_last_good_checkpoint_stands(tmp_path: Path) -> None:
-    with job("own_files.py", 2, tmp_path, ["--break-load"]) as running:
-        running.until_step(22)
-        run = ["-r", str(running.directory)]
-        until(lambda: listed(run), 20)
-        told = trainctl("rollback", "last", "--yes", *run, check=False)
-        assert told.returncode in {1, 6}, told.stdout
-        assert running.wait(60) != 0
-        assert "the script cannot load today" in running.log()
-        checkpoints = running.directory / "checkpoints"
-        whole = [path for path in checkpoints.iterdir() if path.is_dir() and not path.name.startswith(".")]
-        assert whole
-        assert all(verify(path).world_size == 2 for path in whole)
+def _a_load_that_raises_ends_the_job_and_the_last_good_checkpoint_stands(running: Job, run: list[str]) -> None:
+    (running.output / "break").touch()
+    told = trainctl("rollback", "last", "--yes", *run, check=False)
+    assert told.returncode in {1, 6}, told.stdout
+    assert running.wait(60) != 0
+    assert "the script cannot load today" in running.log()
+    checkpoints = running.directory / "checkpoints"
+    whole = [path for path in checkpoints.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    assert whole
+    assert all(verify(path).world_size == 2 for path in whole)

@@ -1,6 +1,8 @@
 """Trains a small model whose checkpoints the script itself writes and reads, one file a rank.
 
-usage: own_files.py OUTPUT [--steps N] [--sleep S] [--break-load]
+usage: own_files.py OUTPUT [--steps N] [--sleep S]
+
+Once there is a file OUTPUT/break, loading fails on rank 1.
 """
 
 import argparse
@@ -22,7 +24,6 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--sleep", type=float, default=0.02)
-    parser.add_argument("--break-load", action="store_true")
     given = parser.parse_args()
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo")
@@ -39,7 +40,7 @@ def main() -> None:
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, directory / f"parts/{rank}.pt")
 
     def load(directory: Path) -> None:
-        if given.break_load and rank == 1:
+        if rank == 1 and (given.output / "break").exists():
             raise RuntimeError("the script cannot load today")
         mine = torch.load(directory / f"parts/{rank}.pt", weights_only=True)
         model.load_state_dict(mine["model"])
