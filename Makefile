@@ -39,7 +39,7 @@ clean:
 # The constraints file pins torch to the CPU build that development and CI use; users keep the torch they have.
 define install
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "trainctl needs Python 3.11 or newer; run: make PYTHON=/path/to/python3.11")'
-@test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 @echo "Setting up .venv (once) …"
 @$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e $(1)
 endef

@@ -1,44 +1,62 @@
-"""How long a checkpoint stops training: our staging against the bare copy into warm buffers and against torch.save.
+"""How long a checkpoint stops training, beside the bare copy of the same bytes and what else there is; and how long a
+rollback to a state in memory takes, beside the bare copy back.
 
-    python bench/checkpoint_stall.py [--megabytes 400] [--rounds 5]
+    python bench/checkpoint_stall.py [--millions 10 100 500] [--rounds 5] [--peer-rounds 2] [--threads 1]
 
-State: a model with AdamW on the CPU; all three move the same bytes in the same call. Prints one JSON line; times are
-medians in seconds, `ratio` is ours over the warm copy, `best_ratio` that of the fastest rounds, which a busy machine
-disturbs least.
+State: linear layers on the CPU with AdamW, at 500 M parameters with plain SGD, so that every peer's buffers fit into
+24 GB. One JSON line for all sizes; times are in seconds, `best` of the fastest round, which a busy machine disturbs
+least, and `median`. All run in one process with the same number of threads:
+
+warm_copy    into buffers that were allocated and touched before      cold_copy    into new ones
+torch_save   torch.save of the state dicts, without fsync             dcp_save     torch.distributed.checkpoint.save
+dcp_async    dcp.async_save with DefaultStager, all its flags off: the configuration that reuses its buffers on a CPU
+ours         Checkpointer.begin_save, on one rank                     ours_write   what then happens in the background
+copy_back    from warm buffers into the live tensors                  rollback     load and commit, from memory
+
+`ratio` is ours / warm_copy and `rollback_ratio` rollback / copy_back, each of the medians and of the best.
 """
 
 import argparse
+import gc
 import json
+import os
+import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from trainctl.trainer.checkpoint import Checkpointer, State
 
-_WIDTH = 1024
+_WIDTH = 2048
+_LEAN_FROM_MILLIONS = 300
+
+Times = dict[str, list[float]]
 
 
-def build(megabytes: int) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A stack of layers that with its two moments takes about `megabytes`."""
-    layers = max(1, round(megabytes * 1e6 / (3 * 4 * _WIDTH * (_WIDTH + 1))))
-    model = nn.Sequential(*(nn.Linear(_WIDTH, _WIDTH) for _ in range(layers)))
-    optimizer = torch.optim.AdamW(model.parameters())
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
+def build(millions: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A stack of layers with about so many parameters, and an optimizer that has taken a step."""
+    width = _WIDTH if millions >= 50 else _WIDTH // 2
+    layers = max(1, round(millions * 1e6 / (width * (width + 1))))
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
+    lean = millions >= _LEAN_FROM_MILLIONS
+    optimizer = torch.optim.SGD(model.parameters()) if lean else torch.optim.AdamW(model.parameters())
+    if not lean:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad()
     return model, optimizer
-
-
-def timed(action: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    action()
-    return time.perf_counter() - started
 
 
 def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -46,66 +64,129 @@ def tensors_of(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[torch
     return [*model.state_dict().values(), *moments]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--megabytes", type=int, default=400)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    model, optimizer = build(options.megabytes)
+@contextmanager
+def timed(into: list[float]) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    into.append(time.perf_counter() - started)
+
+
+def copied(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    with torch.no_grad():
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+
+def measure_ours(scratch: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rounds: int, times: Times) -> int:
+    """Ours and the bare copies in turns, so that both see the same machine; the bytes that ours holds."""
     live = tensors_of(model, optimizer)
     buffers = [torch.empty_like(tensor).fill_(0) for tensor in live]
+    checkpointer = Checkpointer(
+        directory=scratch / "checkpoints",
+        run_id="bench",
+        rank=0,
+        world_size=1,
+        group=None,
+        state=State(models=[model], optimizers=[optimizer]),
+        memory_checkpoints=1,
+    )
+    checkpointer.warm()
+    for number in range(rounds):
+        name = f"save-{number}"
+        checkpointer.drain()
+        with timed(times["warm_copy"]):
+            copied(buffers, live)
+        pending = checkpointer.begin_save(id=name, step=number, incarnation=1, attempt=1, metrics={})
+        result = pending.result()
+        if result.error is not None:
+            raise SystemExit(result.error)
+        times["ours"].append(result.stall_s)
+        times["ours_write"].append(result.write_s)
+        with timed(times["copy_back"]):
+            copied(live, buffers)
+        with timed(times["rollback"]):
+            loaded = checkpointer.load(name)
+            checkpointer.commit(loaded)
+        if not loaded.from_memory:
+            raise SystemExit("the rollback was not from memory")
+        del loaded
+        shutil.rmtree(scratch / "checkpoints")
+    with timed(times["cold_copy"]):
+        fresh = [torch.empty_like(tensor) for tensor in live]
+        copied(fresh, live)
+    return checkpointer.memory_bytes
 
-    def copy() -> None:
-        for buffer, tensor in zip(buffers, live, strict=True):
-            buffer.copy_(tensor)
 
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpointer = Checkpointer(
-            directory=Path(scratch) / "checkpoints",
-            run_id="bench",
-            rank=0,
-            world_size=1,
-            group=None,
-            state=State(models=[model], optimizers=[optimizer]),
-        )
-
-        def save(number: int) -> tuple[float, float]:
-            pending = checkpointer.begin_save(id=f"save-{number}", step=number, incarnation=1, attempt=1, metrics={})
-            result = pending.result()
-            if result.error is not None:
-                raise SystemExit(result.error)
-            return result.stall_s, result.write_s
-
-        cold, _ = save(0)
-        checkpointer.warm()
-        ours, writes, bare, plain = [], [], [], []
-        for number in range(1, options.rounds + 1):
-            stall_s, write_s = save(number)
-            ours.append(stall_s)
-            writes.append(write_s)
-            bare.append(timed(copy))
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            plain.append(timed(lambda state=state: torch.save(state, Path(scratch) / "plain.pt")))
-    medians = {
-        "stall_s": statistics.median(ours),
-        "warm_copy_s": statistics.median(bare),
-        "torch_save_s": statistics.median(plain),
-        "write_s": statistics.median(writes),
-    }
-    print(
-        json.dumps(
-            {
-                "bench": "checkpoint_stall",
-                "bytes": sum(tensor.numel() * tensor.element_size() for tensor in live),
-                "rounds": options.rounds,
-                "first_stall_s": round(cold, 4),
-                **{name: round(value, 4) for name, value in medians.items()},
-                "ratio": round(medians["stall_s"] / medians["warm_copy_s"], 3),
-                "best_ratio": round(min(ours) / min(bare), 3),
-                "threads": torch.get_num_threads(),
-            }
+def measure_peers(scratch: Path, state: Callable[[], dict[str, Any]], rounds: int, times: Times) -> None:
+    stager = DefaultStager(
+        StagingOptions(
+            use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
         )
     )
+    for number in range(rounds):
+        place = scratch / "peer"
+        with timed(times["torch_save"]):
+            torch.save(state(), scratch / "plain.pt")
+        (scratch / "plain.pt").unlink()
+        with timed(times["dcp_save"]):
+            dcp.save(state(), storage_writer=FileSystemWriter(place))
+        shutil.rmtree(place)
+        with timed(times["dcp_async"]):
+            going: Any = dcp.async_save(state(), storage_writer=FileSystemWriter(place), async_stager=stager)
+        (going if hasattr(going, "result") else going.upload_completion).result()
+        shutil.rmtree(place)
+        if not number:
+            times["dcp_async_first"].append(times["dcp_async"].pop())  # its buffers were made in there
+    stager.close()
+
+
+def measure(millions: int, rounds: int, peer_rounds: int) -> dict[str, object]:
+    model, optimizer = build(millions)
+    live = tensors_of(model, optimizer)
+    names = ("warm_copy", "cold_copy", "ours", "ours_write", "copy_back", "rollback")
+    peers = ("torch_save", "dcp_save", "dcp_async", "dcp_async_first")
+    times: Times = {name: [] for name in (*names, *peers)}
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/tmp")) as scratch:
+        held = measure_ours(Path(scratch), model, optimizer, rounds, times)
+        gc.collect()
+        state = lambda: {"model": model.state_dict(), "optimizer": optimizer.state_dict()}  # noqa: E731
+        measure_peers(Path(scratch), state, peer_rounds + 1, times)
+    best = {name: min(values) for name, values in times.items()}
+    median = {name: statistics.median(values) for name, values in times.items()}
+    return {
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "optimizer": type(optimizer).__name__,
+        "bytes": sum(tensor.numel() * tensor.element_size() for tensor in live),
+        "tensors": len(live),
+        "held_bytes": held,
+        "best": {name: round(value, 4) for name, value in best.items()},
+        "median": {name: round(value, 4) for name, value in median.items()},
+        "ratio": {"median": _over(median, "ours", "warm_copy"), "best": _over(best, "ours", "warm_copy")},
+        "rollback_ratio": {
+            "median": _over(median, "rollback", "copy_back"),
+            "best": _over(best, "rollback", "copy_back"),
+        },
+    }
+
+
+def _over(times: dict[str, float], one: str, other: str) -> float:
+    return round(times[one] / times[other], 3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--millions", type=int, nargs="+", default=[10, 100, 500])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peer-rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    with tempfile.TemporaryDirectory() as meeting:
+        dist.init_process_group("gloo", init_method=f"file://{meeting}/store", rank=0, world_size=1)
+        sizes = [measure(millions, options.rounds, options.peer_rounds) for millions in options.millions]
+        dist.destroy_process_group()
+    threads = torch.get_num_threads()
+    print(json.dumps({"bench": "checkpoint_stall", "rounds": options.rounds, "threads": threads, "sizes": sizes}))
 
 
 if __name__ == "__main__":

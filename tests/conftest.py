@@ -18,7 +18,7 @@ def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monke
     monkeypatch.setenv("TRAINCTL_CONFIG", str(home / "config"))
     monkeypatch.setenv("TMPDIR", str(home))
     monkeypatch.setattr(tempfile, "tempdir", None)  # what the test process itself remembered of TMPDIR
-    for name in ("TRAINCTL", "TRAINCTL_RUN", "TRAINCTL_RUN_ID", "TRAINCTL_RUN_DIR"):
+    for name in ("TRAINCTL", "TRAINCTL_RUN", "TRAINCTL_RUN_ID", "TRAINCTL_RUN_DIR", "TRAINCTL_PREEMPT_SIGNAL"):
         monkeypatch.delenv(name, raising=False)
     yield home
     shutil.rmtree(home, ignore_errors=True)

@@ -13,7 +13,7 @@ from trainctl.agent.gpu_fields import throttle_text
 from trainctl.agent.gpu_tick import GpuTick, TickReader, frame
 from trainctl.agent.gpu_watch import GpuWatch
 from trainctl.agent.lifetime import Lifetime
-from trainctl.agent.memory_limit import MemoryLimit
+from trainctl.wire.memory_limit import MemoryLimit
 from trainctl.wire.messages import GpuReading
 
 GIB = 2**30

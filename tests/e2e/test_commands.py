@@ -119,7 +119,8 @@ def test_a_rollback_on_a_false_condition_touches_nothing_and_last_is_on_the_live
 
 
 def test_a_damaged_checkpoint_is_refused_named_remembered_and_the_next_older_offered(tmp_path: Path) -> None:
-    with job("regression.py", 2, tmp_path, ["--steps", "100000", "--sleep", "0.03"]) as running:
+    given = ["--steps", "100000", "--sleep", "0.03", "--memory-checkpoints", "0"]
+    with job("regression.py", 2, tmp_path, given) as running:
         running.until_step(45)
         run = ["-r", str(running.directory)]
         trainctl_json("pause", *run)

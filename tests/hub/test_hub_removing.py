@@ -2,19 +2,24 @@
 
 import asyncio
 import json
+import time
 from pathlib import Path
 
 from hub_double import Rank, first_reply, hub_running, peer_of, rank_linked, request, rows, snapshot, snapshot_when
 from test_hub_commands import checkpoint
 
+from trainctl.client.model import RunModel
 from trainctl.hub.health import Health
 from trainctl.hub.link import RankLine
 from trainctl.wire.commands import CheckpointPin, CheckpointRemove, Rollback
+from trainctl.wire.manifest import list_checkpoints
 from trainctl.wire.messages import (
     Anomaly,
+    CheckpointInfo,
     CheckpointRemoved,
     CommandReply,
     CommandUpdate,
+    Envelope,
     LinkCommand,
     LinkTrouble,
     Severity,
@@ -24,6 +29,10 @@ from trainctl.wire.messages import (
     VerifyRequest,
 )
 from trainctl.wire.peer import Peer
+
+
+def envelope(event: CheckpointRemoved) -> Envelope:
+    return Envelope(source="s", epoch=1, stream="events", seq=1, time=event.time, body=event)
 
 
 async def removed(peer: Peer, target: str, command_id: str) -> CommandUpdate:
@@ -67,6 +76,36 @@ def test_an_operator_deletes_what_may_go_and_is_told_why_the_rest_may_not(tmp_pa
                 assert (event.id, event.bytes) == (spare, 1000)
         lines = [json.loads(line) for line in (run_dir / "audit.jsonl").read_text().splitlines()]
         assert [line["state"] for line in lines if line["id"] == "r1"] == ["accepted", "applied"]
+
+    asyncio.run(scenario())
+
+
+def test_a_state_in_memory_alone_cannot_be_deleted_and_does_not_count_as_the_last_good_one(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+
+    async def scenario() -> None:
+        spare, last = checkpoint(run_dir, 10), checkpoint(run_dir, 20)
+        held = [info for info in list_checkpoints(run_dir / "checkpoints") if info.id == spare]
+        newest = CheckpointInfo(id="step-30", step=30, time=time.time(), bytes=1000, incarnation=1)
+        with hub_running(run_dir) as hub, rank_linked(run_dir) as rank:
+            rank.step(50, in_memory=[*held, newest])
+            async with peer_of(hub.card()) as peer:
+                await snapshot_when(peer, lambda found: bool(found.state.in_memory))
+                told = {name: await removed(peer, name, f"r-{name}") for name in (newest.id, last)}
+                assert "memory only" in str(told[newest.id].reason)
+                assert "last good" in str(told[last].reason)
+                model = RunModel()
+                model.apply(await snapshot(peer))
+                assert (await removed(peer, spare, "r1")).state == "applied"
+                found = await snapshot(peer)
+                assert {info.id: info.where for info in found.checkpoints} == {
+                    spare: "memory",
+                    last: "disk",
+                    newest.id: "memory",
+                }
+                (event,) = (event for event in found.events if isinstance(event, CheckpointRemoved))
+                model.apply(envelope(event))
+                assert model.checkpoints[0].where == "memory", "what follows the events sees the same"
 
     asyncio.run(scenario())
 

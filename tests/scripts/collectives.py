@@ -1,14 +1,16 @@
 """Ranks that meet in a collective each step. Told to, one of them goes into a collective that the others leave out.
 
-usage: collectives.py OUTPUT [--steps N] [--sleep S] [--checkpoint-every N]
+usage: collectives.py OUTPUT [--steps N] [--sleep S] [--checkpoint-every N] [--eval-every N] [--exit-75]
 
 OUTPUT/alone: once it is there, rank 1 waits for the others in vain.
+OUTPUT/long: while it is there, an evaluation does not end; OUTPUT/evaluating says that one began.
 """
 
 import argparse
 import datetime as dt
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -25,6 +27,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100_000)
     parser.add_argument("--sleep", type=float, default=0.05)
     parser.add_argument("--checkpoint-every", type=int, default=5)
+    parser.add_argument("--eval-every", type=int, default=0)
+    parser.add_argument("--exit-75", action="store_true", help="ask to be requeued, where no `trainctl run` does")
     given = parser.parse_args()
     # Long, so that whatever is noticed is noticed before it.
     dist.init_process_group("gloo", timeout=dt.timedelta(minutes=30))
@@ -33,6 +37,13 @@ def main() -> None:
     torch.manual_seed(1)
     model = nn.parallel.DistributedDataParallel(nn.Linear(8, 1))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def evaluate() -> dict[str, float]:
+        (given.output / "evaluating").touch()
+        while (given.output / "long").exists():
+            time.sleep(0.02)
+        return {"val_loss": 1.0}
+
     run = Run.attach(
         "collectives",
         model=model,
@@ -40,6 +51,8 @@ def main() -> None:
         total_steps=given.steps,
         checkpoint_every=given.checkpoint_every,
         on_rollback=lambda step: None,
+        on_eval=evaluate if given.eval_every else None,
+        eval_every=given.eval_every or None,
     )
     with run, (given.output / f"rank-{rank}.jsonl").open("a") as record:
         while run.step < given.steps and not run.stopping:
@@ -57,6 +70,8 @@ def main() -> None:
             run.step_done()
             line = {"step": run.step, "attempt": run.attempt, "incarnation": run.incarnation, "pid": os.getpid()}
             print(json.dumps(line), file=record, flush=True)
+        if given.exit_75 and run.preempted:
+            sys.exit(75)
     dist.destroy_process_group()
 
 

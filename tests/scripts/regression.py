@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--sleep", type=float, default=0.0)
     parser.add_argument("--checkpoint-every", type=int, default=20)
+    parser.add_argument("--memory-checkpoints", type=int, default=3)
     given = parser.parse_args()
     rank, ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
@@ -46,6 +47,7 @@ def main() -> None:
         loader=loader,
         total_steps=given.steps,
         checkpoint_every=given.checkpoint_every,
+        memory_checkpoints=given.memory_checkpoints,
         on_eval=lambda: {"val_loss": float(sum(p.abs().sum() for p in model.parameters()))},
     )
     clip = run.tunable("clip", 1.0, min=0.1, max=10.0)

@@ -1,12 +1,14 @@
 """Trains next to nothing, in step with the other ranks, and writes down every command as it is applied.
 
-usage: steered.py OUTPUT [--sleep S] [--steps N] [--eval-every N]
+usage: steered.py OUTPUT [--sleep S] [--steps N] [--eval-every N] [--long-evaluation]
 """
 
 import argparse
+import itertools
 import json
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -34,11 +36,19 @@ def record_what_is_applied(path: Path, run_of: "list[Run]") -> None:
     Actions._apply = apply  # type: ignore[method-assign]
 
 
-def evaluate(run: Run, path: Path, *, batches: int) -> dict[str, float]:
-    """Batches of 50 ms, not as many on each rank, whose number is then averaged over the ranks."""
+def until_enough(output: Path) -> Iterator[int]:
+    """Batches for as long as there is no file `enough`: ranks see it at different batches."""
+    for batch in itertools.count():
+        if (output / "enough").exists():
+            return
+        yield batch
+
+
+def evaluate(run: Run, output: Path, rank: int) -> dict[str, float]:
+    """Batches of 50 ms, whose number is then summed over the ranks."""
     seen = torch.zeros(1)
-    with path.open("a") as file:
-        for batch in run.eval_batches(range(batches)):
+    with (output / f"eval-{rank}.jsonl").open("a") as file:
+        for batch in run.eval_batches(until_enough(output)):
             time.sleep(0.05)
             seen += 1
             print(json.dumps({"step": run.step, "batch": batch, "time": time.time()}), file=file, flush=True)
@@ -52,6 +62,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--sleep", type=float, default=0.01)
     parser.add_argument("--eval-every", type=int)
+    parser.add_argument("--long-evaluation", action="store_true")
     given = parser.parse_args()
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo")
@@ -66,7 +77,7 @@ def main() -> None:
         optimizer=optimizer,
         loader=DataLoader(TensorDataset(torch.randn(64, 4)), batch_size=8),
         total_steps=given.steps,
-        on_eval=lambda: evaluate(runs[0], given.output / f"eval-{rank}.jsonl", batches=40 + 5 * rank),
+        on_eval=lambda: evaluate(runs[0], given.output, rank) if given.long_evaluation else {"val_loss": 1.0},
         eval_every=given.eval_every,
     )
     runs.append(run)

@@ -15,8 +15,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+import trainctl.trainer.checkpoint.load as loading
 from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, State
 from trainctl.trainer.checkpoint.capture import bare
+from trainctl.wire.manifest import list_checkpoints
 
 directory, rank, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 
@@ -42,6 +44,7 @@ class Training:
                 optimizers=[self.optimizer],
                 tracked={"value": Accessor(get=lambda: self.value, set=self._set)},
             ),
+            memory_checkpoints=0,  # what is on disk is what is tested here
         )
 
     def _set(self, value: Any) -> None:
@@ -142,11 +145,17 @@ def failures(group: Any) -> None:
 
 
 def lost(group: Any) -> None:
-    """A rank dies while the others wait for it: they get a result, and no checkpoint."""
+    """A rank dies while a checkpoint is verified: the other is told, by it and by every save, and nothing is blamed."""
     training = Training(wrapped_in_ddp(), group, name="lost")
     assert training.save("a") is None
     if rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+        loading.verify = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[assignment]
+    try:
+        training.checkpointer.load("a")
+    except CheckpointError as refused:
+        error = str(refused)
+    assert "lost touch" in error, error
+    assert list_checkpoints(training.checkpointer.directory)[0].verified is None, "nothing was found to be damaged"
     error = str(training.save("b"))
     assert "lost touch" in error, error
     assert [path.name for path in training.checkpointer.directory.iterdir()] == ["a"]

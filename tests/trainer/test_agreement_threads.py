@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -80,7 +81,7 @@ class Rank:
 
 
 class Job:
-    def __init__(self, ranks: int, directory: Path) -> None:
+    def __init__(self, ranks: int, directory: Path, later: Callable[[Command], bool] = lambda _command: False) -> None:
         store, together = HashStore(), threading.Barrier(ranks)
         self.ranks = [Rank(number, ranks, store, together, directory) for number in range(ranks)]
         self.updates: list[CommandUpdate] = []
@@ -89,6 +90,7 @@ class Job:
             boundary=self.ranks[0].core.boundary,
             connection=Connection(store, "p", Seal(b"secret", 1)),
             prepare=lambda command: Prepared(two_phase=command.condition is not None or command.expires_s is not None),
+            later=later,
             tell=self.updates.append,
             incarnation=lambda: 1,
         )
@@ -143,6 +145,21 @@ def test_what_expired_before_its_boundary_is_never_applied(tmp_path: Path) -> No
     job.close()
     assert (late.state, in_time.state) == ("expired", "applied")
     assert all(rank.applied == [(in_time.step, 8)] for rank in job.ranks)
+
+
+def test_a_command_that_is_better_taken_up_later_holds_up_none_that_came_behind_it(tmp_path: Path) -> None:
+    full = threading.Event()
+    full.set()
+    job = Job(2, tmp_path, later=lambda command: command.id == "c1" and full.is_set())
+    save, behind, withdrawn = (job.send(SetTunable(name="x", value=value)) for value in (1, 2, 3))
+    job.outcome(withdrawn)
+    assert job.outcome(behind).state == "applied"
+    assert all(update.id != save for update in job.updates)
+    full.clear()
+    saved = job.outcome(save)
+    job.close()
+    assert [value for _, value in job.ranks[1].applied] == [2, 3, 1]
+    assert saved.state == "applied"
 
 
 @pytest.mark.parametrize(("actor", "state"), [("hub", "expired"), ("dana", "rejected")])

@@ -4,9 +4,7 @@ import json
 import os
 import pickle
 import resource
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,6 @@ from torch import nn
 from trainctl.trainer.checkpoint import Checkpointer, CheckpointError, State
 from trainctl.wire.manifest import MANIFEST, list_checkpoints, pin, read_manifest, verify
 from trainctl.wire.removal import remove
-from waiting import until
 
 
 class Small:
@@ -37,6 +34,7 @@ class Small:
             world_size=1,
             group=None,
             state=State(models=[self.model], optimizers=[self.optimizer], counters=self.counters),
+            memory_checkpoints=0,  # what is on disk is what is tested here
         )
 
     def step(self) -> None:
@@ -103,9 +101,7 @@ def test_a_file_cut_short_missing_or_replaced_by_a_link_is_named(small: Small, n
         file.rename(small.directory / "elsewhere")
         if damage == "link":
             file.symlink_to(small.directory / "elsewhere")
-    if (name, damage) == (MANIFEST, "link"):
-        return  # our own manifest, wherever it lies, still vouches for every file
-    with pytest.raises(CheckpointError, match="manifest" if name == MANIFEST else name):
+    with pytest.raises(CheckpointError, match="(?i)manifest" if name == MANIFEST else name):
         small.checkpointer.load("a")
 
 
@@ -203,43 +199,6 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path: Pat
         assert tiny.save("b") is None
     finally:
         subprocess.run(["umount", str(tmp_path / "small")], check=True, timeout=10)
-
-
-KILLED = """
-import sys, threading
-from pathlib import Path
-import trainctl.trainer.checkpoint.save as save
-from test_checkpoint_safety import Small
-
-directory, point = Path(sys.argv[1]), sys.argv[2]
-
-def stop_here(*_args, **_kwargs):
-    (directory.parent / "reached").touch()
-    threading.Event().wait(60)
-
-setattr(save, point, stop_here)
-training = Small(directory)
-training.save("b")
-"""
-
-
-@pytest.mark.parametrize("point", ["_write_rank", "write_manifest"])
-def test_kill_9_in_mid_save_leaves_nothing_that_looks_good(small: Small, point: str) -> None:
-    assert small.save("a") is None
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent) + ":" + sys.path[0]}
-    environment["PYTHONPATH"] += ":" + str(Path(__file__).parents[1])
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(small.directory), point], env=environment)
-    try:
-        until((small.directory.parent / "reached").exists, 60)
-        assert (small.directory / ".b.stage").is_dir()
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait(10)
-    assert [info.id for info in list_checkpoints(small.directory)] == ["a"]
-    again = Small(small.directory)  # the next start sweeps
-    assert [path.name for path in small.directory.iterdir()] == ["a"]
-    again.checkpointer.load("a")
-    assert again.save("b") is None
 
 
 def test_a_removed_checkpoint_takes_its_marks_with_it(small: Small) -> None:

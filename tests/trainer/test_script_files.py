@@ -1,5 +1,6 @@
 """A script's own checkpointer, in one process: what ours vouches for, and what happens when it fails."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,23 @@ def nothing(_directory: Path) -> None:
     pass
 
 
+def link_to_a_directory(directory: Path) -> None:
+    (directory / "value").write_text("1")
+    (directory / "outside").symlink_to("/etc")
+
+
 def link(directory: Path) -> None:
     (directory / "outside").symlink_to("/etc/hostname")
 
 
 @pytest.mark.parametrize(
-    ("does", "words"), [(raises, "no quota left"), (nothing, "wrote no file"), (link, "script/outside.*no regular")]
+    ("does", "words"),
+    [
+        (raises, "no quota left"),
+        (nothing, "wrote no file"),
+        (link, "script/outside.*no regular"),
+        (link_to_a_directory, "script/outside.*no regular"),
+    ],
 )
 def test_what_save_does_wrong_costs_that_checkpoint_and_nothing_else(tmp_path: Path, does: Any, words: str) -> None:
     script = Script(tmp_path)
@@ -117,6 +129,51 @@ def test_what_save_takes_is_told_as_the_stall(tmp_path: Path) -> None:
     pending = script.checkpointer.begin_save(id="a", step=1, incarnation=1, attempt=1, metrics={})
     assert waited, "it was called before begin_save came back"
     assert pending.result(30).stall_s > 0
+
+
+def test_save_is_not_called_while_an_earlier_checkpoint_is_written(tmp_path: Path) -> None:
+    """The ranks write over one group: whoever is in `save` then would meet another rank's write."""
+    script, ended = Script(tmp_path), list[bool]()
+
+    def write(directory: Path) -> None:
+        ended.append(all(pending.done() for pending in begun))
+        script.write(directory)
+
+    object.__setattr__(script.checkpointer.state, "script", ScriptFiles(save=write, load=script.read))
+    begun: list[Any] = []
+    begun += (
+        script.checkpointer.begin_save(id=name, step=1, incarnation=1, attempt=1, metrics={}, may_leave_out=name == "c")
+        for name in "abc"
+    )
+    assert [pending.result(30).error for pending in begun] == [None] * 3
+    assert ended == [True] * 3
+
+
+def test_none_of_the_scripts_states_is_said_to_be_in_memory(tmp_path: Path) -> None:
+    script = Script(tmp_path)
+    pending = script.checkpointer.begin_save(id="a", step=1, incarnation=1, attempt=1, metrics={})
+    assert script.checkpointer.in_memory == []
+    assert pending.result(30).error is None
+    assert script.checkpointer.in_memory == []
+    assert not script.checkpointer.load("a").from_memory
+    (tmp_path / "checkpoints" / "a" / "script" / "deep" / "value").unlink()
+    with pytest.raises(CheckpointError, match="a/script/deep/value is missing"):
+        script.checkpointer.load("a")
+
+
+def test_under_a_umask_of_0_the_scripts_files_are_read_and_through_a_link_they_are_not(tmp_path: Path) -> None:
+    script, before = Script(tmp_path), os.umask(0)
+    try:
+        assert script.save("a") is None
+    finally:
+        os.umask(before)
+    folder = tmp_path / "checkpoints" / "a" / "script" / "deep"
+    assert folder.stat().st_mode & 0o777 == 0o777
+    script.checkpointer.load("a")
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="a/script/deep is not a directory: links are not followed"):
+        script.checkpointer.load("a")
 
 
 def test_a_checkpoint_of_the_other_kind_is_refused_before_anything_is_touched(tmp_path: Path) -> None:

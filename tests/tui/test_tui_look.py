@@ -226,3 +226,13 @@ def test_marks_of_an_abandoned_branch_are_not_shown_on_the_live_one() -> None:
 )
 def test_numbers_for_reading(text: str, expected: str) -> None:
     assert text == expected
+
+
+def test_a_preempted_run_says_what_is_left_and_how_to_go_on() -> None:
+    reason = "SIGUSR1 on node-a; checkpoint step-00000026-1.1"
+    model = model_of(state=run_state(state="preempted", reason=reason))
+    head = headline(model, Symbols())
+    assert head.word == "PREEMPTED"
+    assert head.story.startswith(f"the machine was taken away: {reason}")
+    assert model.info is not None
+    assert head.hint == f"trainctl run --resume {model.info.id} goes on"

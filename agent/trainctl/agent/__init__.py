@@ -4,7 +4,7 @@ python -P -m trainctl.agent [--job JOB] [--interval S] [--bind HOST] [--promethe
 
 main ── options, lock, signals
  └── service ── server and card; one tick a second puts a reading together from
-      ├── node_sampler, memory_limit   CPU, load and memory, as the cgroup limits it
+      ├── node_sampler                 CPU, load and memory, as the cgroup limits it
       ├── rank_watch                   a pidfd for each local rank: a death is published at once
       └── gpu_monitor ── gpu_watch     asks a child process, gpu_poller, which alone calls NVML
                           nvml, gpu_fields

@@ -8,7 +8,7 @@ from typing import Final
 
 import psutil
 
-from trainctl.agent.memory_limit import MemoryLimit
+from trainctl.wire.memory_limit import MemoryLimit
 
 _SHORTEST_S: Final = 0.05  # the kernel counts CPU time in hundredths of a second: a shorter span says nothing
 

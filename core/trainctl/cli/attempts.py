@@ -10,6 +10,7 @@ from typing import Final
 import click
 
 from trainctl.cli.launch import Job, Launch
+from trainctl.cli.preempting import Preemption
 from trainctl.wire.launcher import EndRequest, announce, take_request, withdraw
 
 _LOOK_S: Final = 0.2
@@ -20,19 +21,24 @@ _TORCHRUN_LEAVES_S: Final = 45.0
 class Attempts:
     """Runs a launch to its end, as often as an operator wants. `request` is the last wish that was granted."""
 
-    def __init__(self, launch: Launch) -> None:
-        self.launch = launch
+    def __init__(self, launch: Launch, preemption: Preemption) -> None:
+        self.launch = preemption.prepared(launch)
+        self._preemption = preemption
         self.request: EndRequest | None = None
 
     def run(self) -> int:
         """torchrun's exit code in the last attempt. Raises `BadRequest` when it could not be started."""
-        with _announced(self.launch.directory):
+        with _announced(self.launch.directory), self._preemption.listening():
             while True:
+                self._preemption.begins()
                 job = Job(self.launch)
-                with job.forwarding():
+                with job.forwarding((signal.SIGINT,)):
                     request = self._attend(job)
                 self.request = request or self.request
                 if request is None or request.what == "abort" or job.interrupted:
+                    return job.wait()
+                if self._preemption.warned:
+                    self._preemption.overtook(request.target)
                     return job.wait()
                 self.launch = self.launch.again(request.target)
                 click.echo(f"trainctl: restarting from {request.target}, asked for by {request.actor}", err=True)
@@ -42,6 +48,7 @@ class Attempts:
         request: EndRequest | None = None
         kill_at = 0.0
         while job.wait_s(_LOOK_S) is None:
+            self._preemption.attend(job)
             if request is None:
                 request = take_request(self.launch.directory)
                 if request is not None:

@@ -7,7 +7,7 @@ import click
 
 from trainctl.cli import checkpoint_export as exporting
 from trainctl.cli.acting import act, ask_on_a_terminal, opened
-from trainctl.cli.checkpoint_list import listing, loss_of
+from trainctl.cli.checkpoint_list import listed, listing, loss_of
 from trainctl.cli.options import Asked, acting_options, run_options
 from trainctl.cli.progress import BytesProgress
 from trainctl.client.errors import Rejected
@@ -40,7 +40,7 @@ def ls(run: str | None, server_key: str | None, *, as_json: bool) -> None:
     """List checkpoints, oldest first."""
     found, model = asyncio.run(_checkpoints(run, server_key))
     if as_json:
-        fields = {"run": model.name, "checkpoints": [jsonable(info) for info in found.checkpoints]}
+        fields = {"run": model.name, "checkpoints": [listed(info) for info in found.checkpoints]}
         best_by = jsonable(model.info.best_by) if model.info else None
         click.echo(dumps(fields | {"last": found.last, "best": found.best, "best_by": best_by}))
         return
@@ -154,6 +154,8 @@ async def _whereabouts(run: str | None, server_key: str | None, target: str) -> 
 
     found, model = await _checkpoints(run, server_key)
     info = picked(found.checkpoints, target, model)
+    if info.where == "memory":
+        raise Rejected(f"{info.id} is in the ranks' memory only: there are no files to export; nothing was written")
     return model.name, info.id, (await discover.resolve(run, server_key=server_key)).directory
 
 

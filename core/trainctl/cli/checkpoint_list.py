@@ -1,4 +1,4 @@
-"""`trainctl checkpoint ls` as text: one line a checkpoint, what a rollback left behind shown dim."""
+"""What `trainctl checkpoint ls` says: as JSON, and as text, one line each, what a rollback left behind shown dim."""
 
 import os
 import sys
@@ -8,11 +8,25 @@ import click
 
 from trainctl.cli.table import table
 from trainctl.client.figures import duration, file_size, number
+from trainctl.client.jsonable import jsonable
 from trainctl.client.model import RunModel
 from trainctl.wire.messages import BestBy, CheckpointInfo, Checkpoints
 
-_HEAD = ("ID", "STEP", "AGE", "SIZE", "METRICS", "BRANCH", "VERIFIED", "PINNED", "WHERE", "NOTE")
+_HEAD = ("ID", "STEP", "AGE", "SIZE", "METRICS", "BRANCH", "WHERE", "VERIFIED", "PINNED", "NOTE")
 _SHOWN = 2
+
+
+def listed(info: CheckpointInfo) -> dict[str, object]:
+    """A checkpoint as `ls --json` gives it: `where` is "disk", "memory" or "both"."""
+    fields = jsonable(info)
+    assert isinstance(fields, dict)
+    del fields["in_memory"]
+    return fields | {"where": "both" if len(places_of(info)) > 1 else info.where}
+
+
+def places_of(info: CheckpointInfo) -> list[str]:
+    """Where it can be had from: on disk, in the ranks' memory, or both."""
+    return [*(["disk"] if info.where == "disk" else []), *(["memory"] if info.in_memory else [])]
 
 
 def loss_of(metrics: Mapping[str, float]) -> str:
@@ -48,8 +62,8 @@ def _row(info: CheckpointInfo, found: Checkpoints, model: RunModel) -> tuple[str
         file_size(info.bytes),
         metrics_of(info.metrics, model.info.best_by if model.info else None) or "n/a",
         f"{info.incarnation} left behind" if info.abandoned else str(info.incarnation),
-        {True: "yes", False: "DAMAGED", None: "not yet"}[info.verified],
+        " + ".join(places_of(info)),
+        {True: "yes", False: "DAMAGED", None: "not yet"}[info.verified] if info.where == "disk" else "no files",
         "pinned" if info.pinned else "",
-        info.where,
         " ".join([*(f"[{mark}]" for mark in marks), info.note or ""]).strip(),
     )

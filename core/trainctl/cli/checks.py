@@ -162,7 +162,8 @@ def _colours(name: str) -> str:
 
 def sources() -> Finding:
     """Which setting came from where."""
-    names = ("TRAINCTL", "TRAINCTL_HOME", "TRAINCTL_CONFIG", "TRAINCTL_RUN", "TRAINCTL_RUN_ID", "NO_COLOR")
+    homes, run = ("TRAINCTL", "TRAINCTL_HOME", "TRAINCTL_CONFIG"), ("TRAINCTL_RUN", "TRAINCTL_RUN_ID")
+    names = (*homes, *run, "TRAINCTL_PREEMPT_SIGNAL", "NO_COLOR")
     found = [f"{name}={os.environ[name]} (environment)" for name in names if name in os.environ]
     config = settings_file()
     if not config.exists():
@@ -182,7 +183,7 @@ def sources() -> Finding:
             name="settings",
             verdict="warning",
             text=f"{config}: there is no setting {', '.join(settings.unknown)}: it changes nothing",
-            hint="compare the spelling with docs/alerts.md and docs/sinks.md",
+            hint="compare the spelling with docs/alerts.md, docs/sinks.md and docs/preemption.md",
         )
     return Finding(name="settings", verdict="ok", text=", ".join(found))
 

@@ -16,7 +16,9 @@ from types import FrameType
 from typing import IO
 
 import msgspec
+import psutil
 
+from trainctl.client.discover import read_info
 from trainctl.client.errors import BadRequest
 from trainctl.wire.paths import runs_dir
 from trainctl.wire.rundir import RUN_ID, RunDir, new_run_id
@@ -25,6 +27,7 @@ _RENDEZVOUS = ("--standalone", "--rdzv", "--master", "--nnodes", "--node-rank", 
 _PORT = "--master-port="
 _RESTARTABLE = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", "--local-addr=127.0.0.1"]
 _TAIL_BYTES = 4000
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Launch(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,6 +91,8 @@ def prepare(
     Raises `BadRequest` when torch is missing or the directory cannot be made.
     """
     require_torch()
+    if run_id is None and directory is not None:
+        refuse_another_runs(directory)
     run_id = run_id or new_run_id(name, time.time())
     if not RUN_ID.match(run_id):
         raise BadRequest(f"{run_id!r} is no run id", "use at most 48 letters, digits, dots, dashes and underscores")
@@ -97,7 +102,8 @@ def prepare(
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise BadRequest(
-            f"the run's directory cannot be made: {error}", "give another with --dir, or set TRAINCTL_HOME"
+            f"the run's directory {directory} cannot be made: {error.strerror or error}",
+            "give another with --dir, or set TRAINCTL_HOME",
         ) from None
     given = {
         "TRAINCTL_RUN_ID": run_id,
@@ -123,6 +129,15 @@ def prepare(
         fresh=fresh,
         own_port=bool(rendezvous) and not restarts,
     )
+
+
+def refuse_another_runs(directory: Path) -> None:
+    """Two runs in one directory would be one history, and the second would go on from the first one's checkpoints."""
+    if (info := read_info(directory)) is not None:
+        raise BadRequest(
+            f"{directory} holds the run {info.id} already; nothing was started",
+            f"give another --dir, or go on from its last checkpoint: `trainctl run --resume {directory} …`",
+        )
 
 
 def torch_found() -> bool:
@@ -215,14 +230,23 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
+    def kill(self) -> None:
+        """SIGKILL to torchrun and the ranks it started: each leads a session of its own and would live on."""
+        if self.code is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for rank in psutil.Process(self._process.pid).children():
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        rank.kill()
+            self.end(signal.SIGKILL)
+
     @contextlib.contextmanager
-    def forwarding(self) -> Generator[None, None, None]:
-        """Pass SIGINT and SIGTERM on to the job, so that it ends and its own exit code is what counts."""
+    def forwarding(self, numbers: Sequence[int] = _ENDING) -> Generator[None, None, None]:
+        """Pass these signals on to the job, so that it ends and its own exit code is what counts."""
 
         def forward(number: int, _frame: FrameType | None) -> None:
             self.signal(number)
 
-        before = {number: signal.signal(number, forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, forward) for number in numbers}
         try:
             yield
         finally:

@@ -15,6 +15,7 @@ from trainctl.client.figures import duration, plain, scientific
 from trainctl.client.jsonable import dumps, jsonable
 from trainctl.client.session import Session
 from trainctl.wire.commands import Rollback
+from trainctl.wire.manifest import resized_words
 from trainctl.wire.messages import CheckpointInfo
 
 
@@ -25,6 +26,7 @@ class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     checkpoint: str
     verified: bool | None
+    in_memory: bool
     from_step: int
     to_step: int
     steps_lost: int
@@ -35,6 +37,8 @@ class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
     metrics: dict[str, float]
     overrides: dict[str, str]  # what operators have set, in words
     restore_overrides: bool  # whether the checkpoint's take their place
+    written_by: int = 0  # ranks; 0: not known
+    world_size: int = 0  # ranks that there are now
 
     def text(self) -> str:
         words = f"{self.run}: from step {self.from_step} back to {self.to_step} ({self.checkpoint}"
@@ -49,7 +53,10 @@ class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
             words += f", and this goes: {self._set()}" if self.overrides else ""
         elif self.overrides:
             words += f"; what operators have set stays: {self._set()}"
-        if self.verified is None:
+        words += f"; {other}" if (other := resized_words(self.written_by, self.world_size)) else ""
+        if self.in_memory:
+            words += "; it is taken from the ranks' memory, and from disk where that changes before"
+        elif self.verified is None:
             words += "; the checkpoint is verified before anything is touched"
         return words
 
@@ -93,7 +100,7 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
     model = session.model
     found = (await session.checkpoints()).checkpoints
     info = picked(found, action.target, model)
-    if info.verified is False:
+    if info.verified is False and not info.in_memory:
         older = [other for other in found if other.time < info.time and other.verified is not False]
         raise Rejected(
             f"checkpoint {info.id} is damaged; nothing was done",
@@ -107,6 +114,7 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
         target=action.target,
         checkpoint=info.id,
         verified=info.verified,
+        in_memory=info.in_memory,
         from_step=state.step,
         to_step=info.step,
         steps_lost=lost,
@@ -118,6 +126,8 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
         # The factor that was asked for takes the place of what is set for the learning rate.
         overrides={name: words for name, words in state.overrides.items() if name != "lr" or action.lr_scale is None},
         restore_overrides=action.restore_overrides,
+        written_by=info.world_size,
+        world_size=model.info.world_size if model.info else 0,
     )
 
 

@@ -9,14 +9,13 @@ import msgspec
 
 from trainctl.cli.options import json_option
 from trainctl.cli.table import table
-from trainctl.client.discover import check_address, own_keys, surely_gone
+from trainctl.client.discover import check_address, own_keys, own_source_key, surely_gone
 from trainctl.client.errors import ClientError, NotReachable
 from trainctl.client.figures import duration, memory
 from trainctl.client.jsonable import dumps
 from trainctl.client.status import node_json
 from trainctl.client.wire_errors import from_peer
 from trainctl.wire.cards import read_cards
-from trainctl.wire.keys import source_keys
 from trainctl.wire.messages import Card, NodeReading, Nodes, NodesRequest
 from trainctl.wire.peer import Peer, PeerError
 
@@ -71,7 +70,7 @@ def _cards(addresses: tuple[str, ...], server_key: str | None) -> list[Card]:
     for address in addresses:
         if address.startswith("tcp://"):
             check_address(address)
-            cards.append(_card_of(address, server_key or source_keys().public))
+            cards.append(_card_of(address, server_key or own_source_key()))
             continue
         found = [card for card in known if address in {card.name, card.host, card.source}]
         if not found:

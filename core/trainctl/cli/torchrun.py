@@ -46,6 +46,13 @@ def restarts_wanted(words: Sequence[str]) -> bool:
     return value.isdigit() and int(value) > 0
 
 
+def several_nodes(words: Sequence[str]) -> bool:
+    """Whether other nodes start ranks of this job, too; also where their number may change (`1:2`)."""
+    given = [value for name, value in pairs(words) if name == "--nnodes"]
+    value = given[-1] if given else os.environ.get("PET_NNODES", "1")
+    return value not in {"1", "1:1"}
+
+
 def pairs(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """torchrun's options and their values, in torchrun's own spelling."""
     rest = list(words)

@@ -64,6 +64,9 @@ async def _until(session: Session, expression: Expression) -> bool:
     """Whether it came true before the run ended."""
     if expression(session.model.values()):
         return True
+    if missing := sorted(expression.names - session.model.values().keys()):
+        known = ", ".join(sorted(session.model.values())) or "none"
+        click.echo(f"waiting; there is no {', '.join(missing)} yet, only: {known}", err=True)
     async with contextlib.aclosing(watch(session)) as items:
         async for _ in items:
             if expression(session.model.values()):

@@ -15,7 +15,15 @@ from trainctl.client.lines import arguments
 from trainctl.client.wire_errors import from_peer
 from trainctl.wire import commands, expressions
 from trainctl.wire.commands import FINAL_COMMAND_STATES, Action, AddNote, Command
-from trainctl.wire.messages import CommandQuery, CommandReply, CommandRequest, CommandUpdate
+from trainctl.wire.messages import (
+    Anomaly,
+    CommandQuery,
+    CommandReply,
+    CommandRequest,
+    CommandUpdate,
+    Snapshot,
+    SnapshotRequest,
+)
 from trainctl.wire.peer import NoAnswer, Peer, PeerError, Refused
 
 _QUERY_AFTER_S = 2.0
@@ -112,7 +120,7 @@ class Commanding:
                     async with asyncio.timeout_at(self._loop_deadline()):
                         heard = await self._heard.get()
                 except TimeoutError:
-                    yield self._unknown()
+                    yield self._unknown(await self._why_it_waits())
                     return
                 if isinstance(heard, ClientError):
                     raise heard
@@ -199,8 +207,18 @@ class Commanding:
         except PeerError:
             return  # the conversation is taken up again
 
-    def _unknown(self) -> CommandUpdate:
-        stood = f"it was {self._last.state}" if self._last else "it was sent and nobody answered"
+    async def _why_it_waits(self) -> str:
+        """What the run has said of boundaries that do not come, as far as it is to be had."""
+        with contextlib.suppress(ClientError, PeerError):
+            async with self._connection.using() as peer:
+                picture = await peer.ask(SnapshotRequest(req=0, events=200), Snapshot, timeout_s=_QUERY_AFTER_S)
+            for event in reversed(picture.events):
+                if isinstance(event, Anomaly) and event.what == "no-step" and event.step == picture.state.step:
+                    return f"; {event.text}"
+        return ""
+
+    def _unknown(self, why: str) -> CommandUpdate:
+        stood = f"it was {self._last.state}{why}" if self._last else f"it was sent and nobody answered{why}"
         return CommandUpdate(
             time=time.time(),
             step=self._last.step if self._last else 0,

@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -55,6 +55,7 @@ class RunSummary(msgspec.Struct, frozen=True, kw_only=True):
     reachable: bool = False
     problem: str | None = None  # why nobody answers, where that is not simply that the hub is gone
     problem_code: str | None = None  # the same for scripts: not_allowed, …
+    silent: bool = False  # nobody answers, and training may well go on: the hub is there, or rank 0 may start it again
     address: str | None = None
     server_key: str | None = None
 
@@ -74,8 +75,17 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
 def own_keys() -> KeyPair:
     """This user's keys. Raises `BadRequest` when their file is not private."""
+    return _private(user_keys)
+
+
+def own_source_key() -> str:
+    """The public key of this user's own hubs and agents. Raises `BadRequest` like `own_keys`."""
+    return _private(source_keys).public
+
+
+def _private(keys: Callable[[], KeyPair]) -> KeyPair:
     try:
-        return user_keys()
+        return keys()
     except UnsafePath as error:
         raise BadRequest(str(error)) from None
     except OSError as error:
@@ -96,7 +106,8 @@ def recorded_dirs(cards: Sequence[Card]) -> dict[str, Path]:
     """Run directories by run id: those under the state directory and those that cards name."""
     candidates = [Path(card.dir) for card in cards if card.dir]
     with contextlib.suppress(OSError):  # no run was ever kept there
-        candidates += sorted(runs_dir().iterdir())
+        # Runs that are kept elsewhere have a link here.
+        candidates += [path.resolve() if path.is_symlink() else path for path in sorted(runs_dir().iterdir())]
     found: dict[str, Path] = {}
     for path in candidates:
         if (info := read_info(path)) is not None:
@@ -117,6 +128,16 @@ def surely_gone(card: Card) -> bool:
     if not is_this_machine(card):
         return False
     return not Path(f"/proc/{card.pid}").exists()
+
+
+def hub_alive(card: Card) -> bool:
+    """Whether the hub of a card is known to live on this machine, though it may not answer (it is stopped, or busy)."""
+    if not is_this_machine(card):
+        return False
+    try:
+        return b"trainctl.hub" in Path(f"/proc/{card.pid}/cmdline").read_bytes()
+    except OSError:
+        return False
 
 
 def may_come_back(info: RunInfo, age_s: float | None) -> bool:
@@ -215,7 +236,14 @@ def far_address(card: Card) -> str | None:
 def _unreachable_summary(card: Card, recorded: RunSummary | None, error: ClientError) -> RunSummary:
     base = recorded or RunSummary(run=card.name, id=card.source, job_id=card.job_id, host=card.host, dir=card.dir)
     if isinstance(error, NotReachable) and not isinstance(error, OtherVersion):
-        return base
+        if hub_alive(card):
+            # Its recording ends somewhere in the middle, which would read as lost.
+            words = f"its hub (pid {card.pid}) is alive and does not answer"
+            return msgspec.structs.replace(base, state=None, silent=True, problem=words, problem_code=error.code)
+        info = read_info(Path(card.dir)) if card.dir else None
+        return msgspec.structs.replace(
+            base, silent=base.state == "lost" and info is not None and may_come_back(info, base.age_s)
+        )
     # Somebody answers and refuses us, so the run may be healthy: its recording without a hub would read as lost.
     problem = error.message.removeprefix(f"{card.name}: ")
     return msgspec.structs.replace(base, problem=problem, problem_code=error.code, state=None)
@@ -269,7 +297,7 @@ def check_address(address: str) -> None:
 def _address_card(address: str, server_key: str | None) -> Card:
     check_address(address)
     # Without a key the run is taken to be our own: hubs of one user share one key.
-    key = server_key or source_keys().public
+    key = server_key or own_source_key()
     return Card(
         kind="hub", source="", name=address, epoch=0, addresses=[address], server_key=key, host="", pid=0, started=0.0
     )
@@ -288,12 +316,13 @@ def _directory_target(ref: str) -> Target:
 
 async def _only_live_run(timeout_s: float) -> Target:
     summaries = await find_runs(recorded=False, timeout_s=timeout_s)
-    if not any(summary.live for summary in summaries) and any(_just_lost(summary) for summary in summaries):
+    if any(summary.silent and summary.state == "lost" for summary in summaries):
+        # A hub that has just died is started again within seconds; meanwhile another run must not be taken for it.
         async for _ in looks():
             summaries = await find_runs(recorded=False, timeout_s=timeout_s)
-            if any(summary.live for summary in summaries):
+            if not any(summary.silent and summary.state == "lost" for summary in summaries):
                 break
-    live = [summary for summary in summaries if summary.live]
+    live = [summary for summary in summaries if summary.live or summary.silent]
     if not live:
         if refusing := [summary for summary in summaries if summary.problem]:
             raise _all_refuse(refusing)
@@ -313,13 +342,6 @@ def _all_refuse(refusing: list[RunSummary]) -> ClientError:
     return NotReachable(words, "`trainctl doctor` looks at each of them")
 
 
-def _just_lost(summary: RunSummary) -> bool:
-    if summary.state != "lost" or summary.dir is None or summary.reachable:
-        return False
-    info = read_info(Path(summary.dir))
-    return info is not None and may_come_back(info, summary.age_s)
-
-
 async def _named_run(ref: str, timeout_s: float) -> Target:
     cards = hub_cards()
     directories = recorded_dirs(list(cards.values()))
@@ -334,7 +356,7 @@ async def _named_run(ref: str, timeout_s: float) -> Target:
     if len(matching) == 1:
         return _target_of(matching[0])
     summaries = [summary for summary in await find_runs(timeout_s=timeout_s) if summary.id in set(matching)]
-    live = [summary for summary in summaries if summary.live]
+    live = [summary for summary in summaries if summary.live or summary.silent]
     if len(live) > 1:
         raise _ambiguous(f"{ref!r} is the name of several live runs", live)
     if not summaries:
@@ -352,7 +374,10 @@ def _target_of(run_id: str) -> Target:
 
 
 def _ambiguous(what: str, live: list[RunSummary]) -> AmbiguousRun:
-    listed = ", ".join(f"{summary.id} ({summary.run}, step {summary.step})" for summary in live)
+    listed = ", ".join(
+        f"{summary.id} ({summary.run}, {'does not answer' if summary.silent else f'step {summary.step}'})"
+        for summary in live
+    )
     return AmbiguousRun(
         f"{what}: {listed}",
         f"choose one, for example: -r {live[0].id}",

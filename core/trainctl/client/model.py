@@ -78,6 +78,7 @@ class RunModel:
         self.heard_monotonic: float | None = None
         self.lost_messages = 0
         self.version = 0
+        self._settled: dict[str, None] = {}  # ids that have their outcome: nothing that comes later opens them again
         self._source_time: float | None = None
         self._source_heard = 0.0
         self._rank_heard: dict[int, float] = {}
@@ -173,7 +174,7 @@ class RunModel:
             case CheckpointSaved():
                 self._take_checkpoint(event)
             case CheckpointRemoved():
-                self.checkpoints = [info for info in self.checkpoints if info.id != event.id]
+                self._take_removal(event)
             case RankChanged() if event.rank in self.ranks:
                 self.ranks[event.rank] = msgspec.structs.replace(self.ranks[event.rank], state=event.state)
             case NodeChanged() if event.node in self.nodes and event.state in {"alive", "lost"}:
@@ -187,8 +188,12 @@ class RunModel:
 
     def _take_command(self, update: CommandUpdate) -> None:
         if update.state not in FINAL_COMMAND_STATES:
-            self.commands[update.id] = update
+            if update.id not in self._settled:
+                self.commands[update.id] = update
             return
+        self._settled[update.id] = None
+        if len(self._settled) > EVENTS_KEPT:
+            del self._settled[next(iter(self._settled))]
         self.commands.pop(update.id, None)
         if update.command == "set" and update.state == "applied" and self.info is not None:
             name = update.args.get("name")
@@ -216,6 +221,7 @@ class RunModel:
             verified=saved.verified if saved.verified is not None else (before.verified if before else None),
             where=before.where if before else "disk",
             note=saved.note or (before.note if before else None),
+            in_memory=before.in_memory if before else False,
         )
         self.checkpoints = sorted(known.values(), key=lambda info: (info.time, info.id))
 
@@ -230,6 +236,16 @@ class RunModel:
     def ended(self) -> bool:
         """Whether the run is in a state that it does not leave by itself."""
         return self.state is not None and self.state.state in FINAL_STATES
+
+    def _take_removal(self, removed: CheckpointRemoved) -> None:
+        """Deleted is what is on disk: a state in the ranks' memory stays there."""
+        self.checkpoints = [
+            info
+            if info.id != removed.id
+            else msgspec.structs.replace(info, where="memory", pinned=False, verified=None)
+            for info in self.checkpoints
+            if info.id != removed.id or info.in_memory
+        ]
 
     @property
     def best_checkpoint(self) -> CheckpointInfo | None:

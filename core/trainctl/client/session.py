@@ -117,11 +117,24 @@ async def open_session(ref: str | None, *, server_key: str | None = None, timeou
             raise  # its hub lives, so the recording's verdict (lost) would be wrong
         except NotReachable as error:
             failure = error
+            if discover.hub_alive(target.card):
+                raise _silent(target) from None
     if target.directory is not None:
         return await _recorded_unless_it_comes_back(target, target.directory, timeout_s)
     raise failure or NotReachable(
         f"the hub of {target.label} is gone and its directory is not to be seen from here",
         "on the machine where it ran: `trainctl status RUN_DIR`",
+    )
+
+
+def _silent(target: "Target") -> NotReachable:
+    """What to say of a hub that is there and says nothing: its recording ends in the middle, and would read as lost."""
+    assert target.card is not None
+    pid = target.card.pid
+    return NotReachable(
+        f"{target.label} does not answer: its hub (pid {pid}) is alive and silent, perhaps stopped; training goes on "
+        "without it, and nothing was done",
+        f"`kill -CONT {pid}` wakes a stopped one; after `kill -9 {pid}` rank 0 starts another within seconds",
     )
 
 

@@ -84,6 +84,7 @@ def _ranks(model: RunModel, now: float | None) -> list[dict[str, object]]:
                 "loss": figures.loss if figures else None,
                 "data_first": figures.data_first if figures else None,
                 "data_last": figures.data_last if figures else None,
+                "checkpoint_memory_bytes": figures.checkpoint_memory_bytes if figures else None,
                 "gpu_uuid": (figures.gpu_uuid if figures else None) or (place.gpu_uuid if place else None),
             }
         )

@@ -1,6 +1,6 @@
 """`trainctl status` as words: what an operator asks first comes first."""
 
-from trainctl.client.figures import duration, memory, number, plain, quantity, scientific
+from trainctl.client.figures import duration, file_size, memory, number, plain, quantity, scientific
 from trainctl.client.lines import GLYPHS, event_text, severity_of
 from trainctl.client.model import RunModel
 from trainctl.wire import manifest
@@ -20,7 +20,7 @@ def status_text(model: RunModel, now: float | None = None) -> str:
     lines += [_node(model, node, now) for node in sorted(model.nodes)]
     lines += [f"  set  {set_by_operators(state)}"] if state.overrides else []
     lines += [f"  {on_trial(state)}"] if state.revert_in else []
-    lines += [_checkpoints(model)]
+    lines += [_checkpoints(model), _in_memory(model)]
     lines += [f"  not finite  {_nonfinite(model)}"] if _nonfinite(model) else []
     lines += [f"  lost telemetry  {_dropped(model)}"] if _dropped(model) else []
     for event in list(model.events)[-_EVENTS_SHOWN:]:
@@ -65,7 +65,17 @@ def _headline(model: RunModel, now: float | None) -> str:
 def _vitals(model: RunModel) -> str:
     state = model.state
     assert state is not None
-    skipped = {"lr", "lr_scheduled", "step_time_s", "tokens_per_s", "samples_per_s", "mfu", "data_first", "data_last"}
+    skipped = {
+        "lr",
+        "lr_scheduled",
+        "clipped",
+        "step_time_s",
+        "tokens_per_s",
+        "samples_per_s",
+        "mfu",
+        "data_first",
+        "data_last",
+    }
     parts = [
         f"{plain(name)} {number(last.value)}"
         for name, last in sorted(model.metrics.items(), key=lambda pair: ("loss" not in pair[0], pair[0]))
@@ -118,6 +128,15 @@ def _checkpoints(model: RunModel) -> str:
         return "  no checkpoint yet"
     words = f"  {len(model.checkpoints)} checkpoints, last {last.id} at step {last.step}"
     return words + (f", best {best.id} at step {best.step}" if best is not None and best.id != last.id else "")
+
+
+def _in_memory(model: RunModel) -> str:
+    """The states that can be rolled back to without the disk, and what a rank spends on them."""
+    held = [figures.checkpoint_memory_bytes or 0 for figures in model.ranks.values()]
+    if model.state is None or model.ended or not any(held):
+        return ""
+    steps = ", ".join(str(info.step) for info in model.state.in_memory) or "none"
+    return f"  in memory: steps {steps}; {file_size(max(held))} of host memory on a rank for saves"
 
 
 def _nonfinite(model: RunModel) -> str:

@@ -13,7 +13,11 @@ def from_peer(error: PeerError | ValueError, run: str) -> ClientError:
                 "see `trainctl ls -a`; a hub that died is started again by rank 0 within seconds",
             )
         case KeyRefused():
-            return NotAllowed(f"{run}: {error}", "")
+            return NotAllowed(
+                f"{run}: {error}",
+                "if this run is yours, copy your keys here (`~/.config/trainctl/keys`, see TRAINCTL_CONFIG), and check "
+                "the server key: `trainctl ls --json` beside the run tells it",
+            )
         case Refused(code="not_allowed"):
             return NotAllowed(error.message, error.hint)
         case Refused(code="bad_request"):

@@ -21,6 +21,7 @@ from trainctl.wire.commands import FINAL_COMMAND_STATES
 from trainctl.wire.events import kind_of
 from trainctl.wire.manifest import list_checkpoints
 from trainctl.wire.messages import (
+    FINAL_STATES,
     STREAMS,
     CheckpointInfo,
     CheckpointSaved,
@@ -247,6 +248,11 @@ class RunRecord:
     def last_values(self) -> dict[str, LastValue]:
         """The value of every metric that came last."""
         return {name: last for name in self.metrics.names if (last := self.metrics.latest(name)) is not None}
+
+    @property
+    def in_memory(self) -> list[CheckpointInfo]:
+        """States that the ranks have in memory: none once they are gone."""
+        return [] if self.state.state in FINAL_STATES else self.state.in_memory
 
     def checkpoints(self) -> list[CheckpointInfo]:
         """The checkpoints in the run's directory now (this reads the directory)."""

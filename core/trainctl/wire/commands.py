@@ -96,7 +96,7 @@ class Evaluate(Act, frozen=True, kw_only=True, tag="eval"):
 
 
 class Stop(Act, frozen=True, kw_only=True, tag="stop"):
-    pass
+    preempted: Text | None = None  # why the machine is taken away: the run then ends as preempted
 
 
 class Abort(Act, frozen=True, kw_only=True, tag="abort"):

@@ -112,7 +112,8 @@ def _checkpoint_words(event: CheckpointSaved) -> str:
 
 
 def _rollback_words(event: RolledBack) -> str:
-    words = f"rolled back from step {event.from_step} to {event.step} ({event.checkpoint})"
+    source = f"{event.checkpoint}, from memory" if event.from_memory else event.checkpoint
+    words = f"rolled back from step {event.from_step} to {event.step} ({source})"
     words += f", skipped {event.skipped_batches} batches" if event.skipped_batches else ""
     words += f", lr ×{event.lr_scale:g}" if event.lr_scale is not None else ""
     words += f" by {event.actor}" if event.actor else ""

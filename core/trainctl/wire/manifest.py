@@ -10,17 +10,20 @@ A checkpoint is good when its directory has its final name and every file it lis
 
 import contextlib
 import hashlib
+import io
 import os
-import stat
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
 from trainctl.wire.lineage import live_steps, read_branches
 from trainctl.wire.messages import BestBy, CheckpointInfo
 from trainctl.wire.rundir import RunDir, fsync_dir, write_atomic
+from trainctl.wire.vouched import NotOurs, is_inside, open_ours
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
@@ -55,13 +58,17 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 def hash_file(path: Path, progress: Callable[[int], None] | None = None) -> tuple[int, str]:
     """Size and SHA-256 of a file. `progress` hears of every chunk's bytes. Raises OSError."""
-    digest, size = hashlib.sha256(), 0
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-            if progress:
-                progress(len(chunk))
+        return _hash(file, progress)
+
+
+def _hash(file: BinaryIO, progress: Callable[[int], None] | None = None) -> tuple[int, str]:
+    digest, size = hashlib.sha256(), 0
+    while chunk := file.read(_CHUNK):
+        digest.update(chunk)
+        size += len(chunk)
+        if progress:
+            progress(len(chunk))
     return size, digest.hexdigest()
 
 
@@ -80,21 +87,22 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises `DamagedCheckpoint` with a sentence for the operator.
     """
-    path = directory / MANIFEST
     try:
-        owner = path.stat()
-        manifest = msgspec.json.decode(path.read_bytes(), type=Manifest)
+        with open_ours(directory, MANIFEST) as file:
+            manifest = msgspec.json.decode(file.read(), type=Manifest)
+    except NotOurs as error:
+        raise DamagedCheckpoint(str(error)) from None
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{directory.name} has no manifest: it was never completed") from None
     except (OSError, msgspec.MsgspecError) as error:
         raise DamagedCheckpoint(f"the manifest of {directory.name} cannot be read: {error}") from None
-    if owner.st_uid != os.getuid():
-        raise DamagedCheckpoint(f"{directory.name} belongs to user {owner.st_uid}, not to us: not loaded")
     if manifest.format != FORMAT:
         raise DamagedCheckpoint(f"{directory.name} has format {manifest.format}, this version reads {FORMAT}")
-    for file in manifest.files:
-        if Path(file.name).is_absolute() or ".." in Path(file.name).parts:
-            raise DamagedCheckpoint(f"the manifest of {directory.name} names a file outside it: {file.name!r}")
+    for name, times in Counter(file.name for file in manifest.files).items():
+        if not is_inside(name):
+            raise DamagedCheckpoint(f"the manifest of {directory.name} names a file outside it: {name!r}")
+        if times > 1:
+            raise DamagedCheckpoint(f"the manifest of {directory.name} lists {name!r} {times} times")
     if manifest.digest != _digest(manifest):
         raise DamagedCheckpoint(f"the manifest of {directory.name} is damaged: it is not what was written")
     return manifest
@@ -111,20 +119,38 @@ def verify(
     for file in manifest.files:
         if only is not None and file.name not in only:
             continue
-        path = directory / file.name
         try:
-            if not stat.S_ISREG(path.lstat().st_mode):
-                raise DamagedCheckpoint(f"{directory.name}/{file.name} is not a regular file")
-            size, digest = hash_file(path, progress)
+            with open_ours(directory, file.name) as opened:
+                size, digest = _hash(opened, progress)
+        except NotOurs as error:
+            raise DamagedCheckpoint(str(error)) from None
         except FileNotFoundError:
             raise DamagedCheckpoint(f"{directory.name}/{file.name} is missing") from None
         except OSError as error:
             raise DamagedCheckpoint(f"{directory.name}/{file.name} cannot be read: {error}") from None
-        if size != file.bytes:
-            raise DamagedCheckpoint(f"{directory.name}/{file.name} has {size} bytes, {file.bytes} were written")
-        if digest != file.sha256:
-            raise DamagedCheckpoint(f"{directory.name}/{file.name} is damaged: its hash differs from the manifest's")
+        _compare(directory, file, size, digest)
     return manifest
+
+
+def read_vouched(directory: Path, manifest: Manifest, name: str) -> bytes:
+    """The content of a small listed file: the very bytes that were hashed. Raises `DamagedCheckpoint`, OSError."""
+    file = next((file for file in manifest.files if file.name == name), None)
+    if file is None:
+        raise DamagedCheckpoint(f"the manifest of {directory.name} does not list {name}")
+    try:
+        with open_ours(directory, name) as opened:
+            content = opened.read()
+    except NotOurs as error:
+        raise DamagedCheckpoint(str(error)) from None
+    _compare(directory, file, *_hash(io.BytesIO(content)))
+    return content
+
+
+def _compare(directory: Path, file: ManifestFile, size: int, digest: str) -> None:
+    if size != file.bytes:
+        raise DamagedCheckpoint(f"{directory.name}/{file.name} has {size} bytes, {file.bytes} were written")
+    if digest != file.sha256:
+        raise DamagedCheckpoint(f"{directory.name}/{file.name} is damaged: its hash differs from the manifest's")
 
 
 class Checked(msgspec.Struct, frozen=True, kw_only=True):
@@ -167,6 +193,22 @@ def list_checkpoints(checkpoints: Path) -> list[CheckpointInfo]:
     return sorted(found, key=lambda info: (info.time, info.id))
 
 
+def unreadable(checkpoints: Path) -> list[tuple[str, float, str]]:
+    """Checkpoints whose manifest is no good or gone: name, when the directory was last changed, why."""
+    found = []
+    with contextlib.suppress(OSError):
+        for directory in sorted(checkpoints.iterdir()):
+            if directory.name.startswith(".") or not directory.is_dir():
+                continue
+            if not os.path.lexists(directory / MANIFEST) and not list(directory.glob("rank-*.pt")):
+                continue  # somebody else's
+            try:
+                read_manifest(directory)
+            except DamagedCheckpoint as error:
+                found.append((directory.name, directory.stat().st_mtime, str(error)))
+    return found
+
+
 def kept_audit_heads(checkpoints: Path) -> dict[str, str]:
     """Hashes of the audit log that checkpoints keep, each with the id of the first that does."""
     found: dict[str, str] = {}
@@ -193,6 +235,17 @@ def _info(directory: Path, manifest: Manifest, *, abandoned: bool) -> Checkpoint
         verified=checked,
         note=manifest.note,
         abandoned=abandoned,
+        world_size=manifest.world_size,
+    )
+
+
+def resized_words(written_by: int, world_size: int) -> str:
+    """What is not exact when `world_size` ranks read what `written_by` wrote; empty where they are as many, or 0."""
+    if not written_by or not world_size or written_by == world_size:
+        return ""
+    return (
+        f"written by {written_by} rank{'s' * (written_by != 1)} and read by {world_size}: random numbers are not "
+        "restored, and each rank's place in the data is computed anew"
     )
 
 

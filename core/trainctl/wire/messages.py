@@ -90,6 +90,7 @@ class RankFigures(Message, frozen=True, kw_only=True):
     data_last: int | None = None
     phase: str | None = None  # the one that it is in at `time`
     phase_since: float | None = None  # when that began, on the same clock as `time`
+    checkpoint_memory_bytes: int | None = None  # host memory for staging and keeping states
 
 
 class Ranks(Message, frozen=True, kw_only=True, tag="ranks"):
@@ -188,6 +189,8 @@ class CheckpointInfo(Message, frozen=True, kw_only=True):
     where: Literal["disk", "memory"] = "disk"
     note: str | None = None
     abandoned: bool = False  # on a branch that a rollback left behind
+    in_memory: bool = False  # every rank has it in host memory; with `where` "disk" it is in both places
+    world_size: int = 0  # how many ranks wrote it; 0: not known
 
 
 class CheckpointSaved(EventBase, frozen=True, kw_only=True, tag="checkpoint"):
@@ -221,6 +224,7 @@ class RolledBack(EventBase, frozen=True, kw_only=True, tag="rollback"):
     skipped_batches: Number = 0
     lr_scale: float | None = None
     actor: str = ""
+    from_memory: bool = False  # every rank had the state in host memory; else it was read from disk
 
 
 class Anomaly(EventBase, frozen=True, kw_only=True, tag="anomaly"):
@@ -340,6 +344,7 @@ class RunState(Message, frozen=True, kw_only=True):
     infs: dict[str, int] = {}
     revert_in: dict[str, int] = {}  # commit-confirmed changes: steps left, by command id
     overrides: dict[str, str] = {}  # what operators have set, in words: {"lr": "× 0.5"}
+    in_memory: list[CheckpointInfo] = []  # states that every rank has in host memory, oldest first
 
 
 class Beat(Message, frozen=True, kw_only=True, tag="beat"):

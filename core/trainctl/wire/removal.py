@@ -96,7 +96,12 @@ def hide(directory: Path, checkpoint_id: str) -> None:
 
 
 def delete_hidden(directory: Path, checkpoint_id: str) -> None:
-    """Free the space of one that `hide` hid, and take away its marks. Raises OSError."""
+    """Take away the marks of one that `hide` hid, and free its space. Raises OSError."""
+    remove_marks(directory, checkpoint_id)  # before the last trace of its id, so that the next start can go on with it
     shutil.rmtree(directory / f".{checkpoint_id}.gone")
+
+
+def remove_marks(directory: Path, checkpoint_id: str) -> None:
+    """Take away what lies beside a checkpoint. Raises OSError."""
     for mark in ("pinned", "checked.json"):
         (directory / f"{checkpoint_id}.{mark}").unlink(missing_ok=True)

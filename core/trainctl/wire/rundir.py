@@ -8,6 +8,7 @@
     hub.log              what the hub had to say
     launcher.json        the `trainctl run` that would start the next attempt, while it lives (wire/launcher.py)
     ending.json          what an operator wants of it, until it takes that away
+    preempted.json       the last attempt that was preempted, and why (wire/preemption.py)
 
 Numbers are given out by creating a file with O_EXCL and syncing its directory: one winner on any file system, shared
 ones too, and no number is ever given twice.
@@ -22,6 +23,8 @@ import socket
 import time
 from pathlib import Path
 from typing import Literal, TypeAlias
+
+from trainctl.wire.paths import runs_dir
 
 Numbered: TypeAlias = Literal["epoch", "attempt", "incarnation"]
 
@@ -45,6 +48,17 @@ def fsync_dir(path: Path) -> None:
         os.close(handle)
 
 
+def make_dir(path: Path) -> None:
+    """Make a directory and what is missing above it, for us alone, so that their names survive a power cut."""
+    if path.is_dir():
+        return
+    make_dir(path.parent)
+    path.mkdir(mode=0o700, exist_ok=True)
+    # A directory may be written to and not read; then it is for its file system to keep the name.
+    with contextlib.suppress(PermissionError):
+        fsync_dir(path.parent)
+
+
 def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Replace `path` as a whole: written beside it, synced, renamed, directory synced."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
@@ -59,6 +73,19 @@ def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
         beside.unlink(missing_ok=True)
         raise
     fsync_dir(path.parent)
+
+
+def keep_link(run_id: str, directory: Path) -> None:
+    """Make a run that is kept elsewhere one of the user's runs: a link under the state directory. Raises OSError."""
+    link = runs_dir() / run_id
+    directory = directory.absolute()
+    if link == directory or (link.is_symlink() and link.readlink() == directory):
+        return
+    if link.is_symlink():  # the directory was moved since
+        link.unlink()
+    if not link.exists():
+        link.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        link.symlink_to(directory, target_is_directory=True)
 
 
 class RunDir:
@@ -94,7 +121,7 @@ class RunDir:
     def create(self) -> None:
         """Make the directory and its parts. Raises OSError when the file system does not allow it."""
         for part in (self.path, self.journal, self.checkpoints, self.numbers):
-            part.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_dir(part)
 
     def audit_head(self) -> str | None:
         """The hash of the newest whole line of the audit log, None where there is none or it cannot be read."""
@@ -116,7 +143,7 @@ class RunDir:
 
     def allocate(self, kind: Numbered) -> int:
         """Give out the next number, for good. Raises OSError (read-only, full)."""
-        self.numbers.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_dir(self.numbers)
         while True:
             number = self.newest(kind) + 1
             try:

@@ -6,6 +6,10 @@
     [sinks.tensorboard]
     dir = "/data/tensorboard"
 
+    [preemption]
+    signal = "USR1"
+    grace_s = 20
+
 A file that cannot be read, or a value of the wrong type, is a `SettingsError`; unknown names are kept in `unknown` so
 that `doctor` can name a misspelling, and change nothing.
 """
@@ -54,10 +58,18 @@ class AlertSettings(msgspec.Struct, frozen=True, kw_only=True):
         return words
 
 
+class PreemptionSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What `trainctl run` takes for the scheduler's warning, and how long ranks have after SIGTERM."""
+
+    signal: str = "USR1"
+    grace_s: Annotated[float, msgspec.Meta(gt=0, le=3600)] = 20.0
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The whole file."""
 
     alerts: AlertSettings = AlertSettings()
+    preemption: PreemptionSettings = PreemptionSettings()
     sinks: dict[str, dict[str, Any]] = {}
     unknown: tuple[str, ...] = ()
 
@@ -85,5 +97,7 @@ def load_settings(path: Path | None = None) -> Settings:
 
 def _unknown(found: dict[str, Any]) -> list[str]:
     names = [name for name in found if name not in Settings.__struct_fields__]
-    alerts = found.get("alerts", {})
-    return names + [f"alerts.{name}" for name in alerts if name not in AlertSettings.__struct_fields__]
+    tables: dict[str, type[msgspec.Struct]] = {"alerts": AlertSettings, "preemption": PreemptionSettings}
+    for table, kind in tables.items():
+        names += [f"{table}.{name}" for name in found.get(table, {}) if name not in kind.__struct_fields__]
+    return names

@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import time
+from pathlib import Path
 
 import msgspec
 import zmq
@@ -11,6 +12,7 @@ import zmq
 from trainctl.wire.cards import boot_id, card_file, own_addresses, write_card
 from trainctl.wire.keys import source_keys
 from trainctl.wire.messages import Card
+from trainctl.wire.rundir import keep_link
 from trainctl.wire.server import Server
 
 log = logging.getLogger(__name__)
@@ -34,7 +36,7 @@ def new_card(*, run_id: str, name: str, epoch: int, directory: str) -> Card:
     )
 
 
-async def open_doors(server: Server, card: Card) -> Card:
+async def open_doors(server: Server, card: Card, directory: Path) -> Card:
     """Bind the server, where the hub before us was if that is free, and write the card.
 
     Raises zmq.ZMQError where nothing can be bound, `InsecureServer`.
@@ -48,6 +50,7 @@ async def open_doors(server: Server, card: Card) -> Card:
     complete = msgspec.structs.replace(card, addresses=own_addresses(server.port), publish_port=server.publish_port)
     try:
         write_card(complete)
+        keep_link(complete.source, Path(directory))
     except OSError as error:
         log.warning("the card cannot be written, so `trainctl ls` does not show this run: %s", error)
     return complete

@@ -105,6 +105,9 @@ class Attendance:
         elif not life.ended and self._board.state.attempt > 0 and now - self.idle_since > self.patience_s:
             ending = self._endings.of(self._board.state.attempt)
             # Without an ending this hub was started again, and rank 0 went meanwhile.
+            if ending is None and (told := self._endings.preempted(self._board.state.attempt)) is not None:
+                self._desk.rank_gone(told, ended=False)
+                return
             reason = "rank 0 did not come back to the hub"
             if ending is not None:
                 reason = f"{ending.reason}: no new attempt came within {self.patience_s:.0f} s"
@@ -194,6 +197,9 @@ class Attendance:
         if (ending := self._endings.of(hello.info.attempt)) is not None:
             self._endings.become(ending)
             self._desk.rank_gone(f"{ending.reason}: whether this was applied is not known", ended=False)
+            return
+        if (reason := self._endings.preempted(hello.info.attempt)) is not None:
+            self._desk.rank_gone(f"{reason}: whether this was applied is not known", ended=False)
             return
         died = ended is None or ended.is_set()
         why = "died without a word" if died else "closed its link and did not come back"

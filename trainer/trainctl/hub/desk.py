@@ -26,6 +26,7 @@ from trainctl.wire.commands import (
     carrier_of,
     spec_of,
 )
+from trainctl.wire.held_states import list_with_memory
 from trainctl.wire.manifest import list_checkpoints, pick, pin
 from trainctl.wire.messages import (
     FINAL_STATES,
@@ -109,8 +110,8 @@ class CommandDesk:
         return known
 
     async def _accept(self, command: Command, actor: str) -> None:
-        checkpoints = await asyncio.to_thread(list_checkpoints, self._run_dir.checkpoints)
         record = self._record
+        checkpoints = await asyncio.to_thread(list_with_memory, self._run_dir.checkpoints, record.in_memory)
         situation = Situation(
             info=record.info,
             state=record.state.state,

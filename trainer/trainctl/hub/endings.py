@@ -18,6 +18,7 @@ from trainctl.wire.launcher import EndRequest, drop_request, request_ending, wai
 from trainctl.wire.manifest import list_checkpoints, pick
 from trainctl.wire.messages import CommandRequest, RanksEnded, RunInfo
 from trainctl.wire.peer import NoAnswer, Peer, PeerError
+from trainctl.wire.preemption import read_preempted
 from trainctl.wire.rundir import RunDir
 
 log = logging.getLogger(__name__)
@@ -203,6 +204,14 @@ class Endings:
         """Every rank is gone: nothing that rank 0 had said before is to be waited for."""
         if self._board.info.attempt == ending.attempt and not self._board.life.ended:
             self.become(ending)
+
+    def preempted(self, attempt: int) -> str | None:
+        """Why `trainctl run` ended the ranks, if the machine was taken away before they reached a boundary."""
+        told = read_preempted(self._run_dir.path, attempt)
+        if told is None:
+            return None
+        self._board.become(self._board.life.ended_by("preempted", told.reason, time.time()))
+        return told.reason
 
     def become(self, ending: Ending) -> None:
         """Put the run into the state that an ending leads to."""

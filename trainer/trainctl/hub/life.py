@@ -77,9 +77,9 @@ class RunLife:
         """Rank 0 is gone without a word."""
         return self.state if self.ended else self._end("lost", reason, wall, self.state.step)
 
-    def ended_by(self, state: Literal["stopped", "starting"], reason: str, wall: float) -> RunState:
-        """An operator ended the ranks; whatever rank 0 still had on its way does not count. `starting` waits for the
-        hello of the next attempt."""
+    def ended_by(self, state: Literal["stopped", "starting", "preempted"], reason: str, wall: float) -> RunState:
+        """The ranks were ended, by an operator or a preemption; whatever rank 0 still had on its way does not count.
+        `starting` waits for the hello of the next attempt."""
         self._said_bye = True
         return self._end(state, reason, wall, self.state.step)
 

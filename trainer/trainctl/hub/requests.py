@@ -10,7 +10,8 @@ from trainctl.hub.recorder import Recorder
 from trainctl.hub.verifying import check
 from trainctl.store.audit import AuditLog
 from trainctl.wire.codec import DATA_LIMIT
-from trainctl.wire.manifest import list_checkpoints, pick
+from trainctl.wire.held_states import list_with_memory
+from trainctl.wire.manifest import pick
 from trainctl.wire.messages import (
     AuditLines,
     AuditRequest,
@@ -107,7 +108,7 @@ class Requests:
                 raise Refusal("not_supported", f"a hub does not answer {type(request).__name__}")
 
     async def _checkpoints(self) -> list[CheckpointInfo]:
-        return await asyncio.to_thread(list_checkpoints, self._run_dir.checkpoints)
+        return await asyncio.to_thread(list_with_memory, self._run_dir.checkpoints, self._record.in_memory)
 
     async def _list(self, request: CheckpointsRequest) -> Checkpoints:
         found = await self._checkpoints()
@@ -122,6 +123,8 @@ class Requests:
             raise Refusal(
                 "no_checkpoint", f"there is no checkpoint {request.id}", "trainctl checkpoint ls lists what there is"
             )
+        if found.where == "memory":
+            raise Refusal("no_checkpoint", f"{found.id} is in memory only: there are no files to hash")
         checkpoint_id, total = found.id, found.bytes
 
         def tell(done: int) -> None:

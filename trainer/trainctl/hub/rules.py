@@ -111,22 +111,21 @@ def _endable(action: Act, situation: Situation) -> str | None:
 
 def _target(command: Command, situation: Situation) -> str | None:
     action = command.action
+    on_disk = [info for info in situation.checkpoints if info.where == "disk"]  # the others end with the ranks
     match action:
         case Rollback(target=target) if pick(situation.checkpoints, target, situation.info.best_by) is None:
             return _no_checkpoint(target, situation.checkpoints)
         case Restart(target=target) if target != "last":
-            found_one = pick(situation.checkpoints, target, situation.info.best_by)
+            found_one = pick(on_disk, target, situation.info.best_by)
             if found_one is None:
-                return _no_checkpoint(target, situation.checkpoints)
+                return _no_checkpoint(target, on_disk)
             if found_one.verified is False:
                 return f"checkpoint {found_one.id} is damaged: nothing could start from it"
         case CheckpointPin(checkpoint=target) | CheckpointUnpin(checkpoint=target):
-            if pick(situation.checkpoints, target) is None:
-                return _no_checkpoint(target, situation.checkpoints)
+            if pick(on_disk, target) is None:
+                return _no_checkpoint(target, on_disk)
         case CheckpointRemove(checkpoint=target):
-            if situation.state == "starting":
-                return "the run is starting, and may be restoring it: nothing was done; try again when it trains"
-            return why_kept(situation.checkpoints, target, situation.targets)
+            return _kept(target, situation, on_disk)
         case Cancel(command=target):
             found = situation.commands.get(target)
             if found is None:
@@ -136,6 +135,14 @@ def _target(command: Command, situation: Situation) -> str | None:
         case _:
             pass
     return None
+
+
+def _kept(target: str, situation: Situation, on_disk: list[CheckpointInfo]) -> str | None:
+    if situation.state == "starting":
+        return "the run is starting, and may be restoring it: nothing was done; try again when it trains"
+    if any(info.id == target and info.where == "memory" for info in situation.checkpoints):
+        return f"{target} is in the ranks' memory only: there are no files to delete, and it goes with a later save"
+    return why_kept(on_disk, target, situation.targets)
 
 
 def _no_checkpoint(target: str, checkpoints: list[CheckpointInfo]) -> str:

@@ -124,7 +124,7 @@ class Hub:
     async def run(self) -> None:
         """Serve until it is time to leave. Raises what makes serving impossible."""
         try:
-            self._card = await open_doors(self._server, self._card)
+            self._card = await open_doors(self._server, self._card, self._options.run_dir)
             self._alerts.start()
             self._desk.restore()
             self._trouble.tell_damage(self._record.damage)

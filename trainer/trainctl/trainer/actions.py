@@ -203,12 +203,13 @@ class Actions:
 
     def _end(self, action: Act, proposal: Proposal) -> tuple[Scalar, Scalar]:
         core, before = self._core, self._core.state()
-        core.ending, core.ended_by = "stopped", proposal.actor
-        if isinstance(action, Stop) and core.checkpointer is not None:
-            core.last_save = f"stopped by {proposal.actor}"
+        why = action.preempted if isinstance(action, Stop) else None
+        core.ending, core.ended_by, core.preempted = "preempted" if why else "stopped", proposal.actor, why
+        if isinstance(action, Stop) and core.checkpointer is not None and not (why and saved_here(core)):
+            core.last_save = f"preempted: {why}" if why else f"stopped by {proposal.actor}"
             if not proposal.mark:  # else behind the evaluation, which may have swapped weights
                 save_before_the_end(core)
-        return before, "stopped"
+        return before, core.ending
 
     def _hold(self, action: Act, actor: str) -> tuple[Scalar, Scalar]:
         core, before = self._core, self._core.state()
@@ -261,8 +262,18 @@ def unmet(core: Core, command: Command) -> str | None:
     return f"the condition {command.condition!r} does not hold: {found}"
 
 
-def begin_save(core: Core, *, note: str | None = None, command: Command | None = None, actor: str = "") -> RunningSave:
-    """Copy the state and start writing it. Every rank does this at the same boundary, so all make the same id."""
+def begin_save(
+    core: Core,
+    *,
+    note: str | None = None,
+    command: Command | None = None,
+    actor: str = "",
+    may_leave_out: bool = False,
+) -> RunningSave:
+    """Copy the state and start writing it. Every rank does this at the same boundary, so all make the same id.
+
+    `may_leave_out`: rather no checkpoint than a wait for one that is still being written.
+    """
     assert core.checkpointer is not None
     step = core.boundary.completed
     core.saves_begun += 1
@@ -278,6 +289,7 @@ def begin_save(core: Core, *, note: str | None = None, command: Command | None =
             attempt=core.identity.attempt,
             metrics=dict(core.last_metrics),
             note=note,
+            may_leave_out=may_leave_out,
         )
     finally:
         core.doing = None
@@ -293,6 +305,7 @@ def begin_save(core: Core, *, note: str | None = None, command: Command | None =
         actor=actor,
     )
     core.saves.append(save)
+    core.newest_save = save
     return save
 
 
@@ -301,6 +314,13 @@ def save_before_the_end(core: Core) -> None:
     if core.last_save is not None:
         note, core.last_save = core.last_save, None
         begin_save(core, note=note)
+
+
+def saved_here(core: Core) -> bool:
+    """Whether the interval began a save at this very boundary, after which nothing was changed."""
+    save = core.newest_save
+    here = (core.boundary.completed, core.incarnation)
+    return save is not None and core.hold is None and (save.step, save.incarnation) == here
 
 
 def roll_back(core: Core, loaded: Loaded, action: Rollback, proposal: Proposal) -> tuple[Scalar, Scalar]:
@@ -328,9 +348,12 @@ def roll_back(core: Core, loaded: Loaded, action: Rollback, proposal: Proposal) 
             skipped_batches=action.skip_batches,
             lr_scale=action.lr_scale,
             actor=proposal.actor,
+            from_memory=loaded.from_memory,
         )
     )
     core.buffer.put(Rewind(step, core.incarnation, dict(loaded.metrics)))
+    for text in loaded.notes:
+        core.note("rollback", text)
     return from_step, step
 
 
@@ -361,7 +384,7 @@ def position(core: Core, loaded: Loaded, *, skip: int = 0, tell: bool = True) ->
         own = None if loaded.same_ranks else capture_rng()
         core.feed.reopen(skip=skip)
         if own is not None:
-            restore_rng(own)  # the replay drew from another rank's stream
+            restore_rng(own)  # the replay drew from the generators, and there is nothing to restore afterwards
     if tell and core.callbacks.on_rollback is not None:
         core.callbacks.on_rollback(step)
     loaded.restore_rng()  # last: making an iterator draws random numbers

@@ -13,12 +13,21 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from trainctl.trainer import steering
+from trainctl.trainer import fallback, steering
 from trainctl.trainer.actions import Actions, begin_branch, position, refusal
 from trainctl.trainer.agents import NodeAgent
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.buffer import RowBuffer
-from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, Retention, State
+from trainctl.trainer.checkpoint import (
+    MEMORY_CHECKPOINTS,
+    Accessor,
+    Checkpointer,
+    CheckpointError,
+    Loaded,
+    Retention,
+    State,
+)
+from trainctl.trainer.checkpoint.errors import RanksLost
 from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
 from trainctl.trainer.checkpoint.script_files import ScriptFiles
 from trainctl.trainer.control import Control
@@ -33,10 +42,12 @@ from trainctl.trainer.link import HubProcess, Link
 from trainctl.trainer.meeting import Connection, Meeting, StoreSilent
 from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
+from trainctl.trainer.preemption import Preemption, Signalled
 from trainctl.trainer.sender import Figures, Sender
 from trainctl.trainer.tunables import Tunables
-from trainctl.wire.commands import Command, Rollback, spec_of
-from trainctl.wire.manifest import list_checkpoints, pick
+from trainctl.wire.commands import CheckpointSave, Command, Rollback, spec_of
+from trainctl.wire.held_states import list_with_memory
+from trainctl.wire.manifest import pick
 from trainctl.wire.messages import LinkHello, RankPlace, RunInfo, Scalar
 from trainctl.wire.places import Place, own_started, write_place
 from trainctl.wire.rundir import RunDir
@@ -63,6 +74,9 @@ class Script:
     sinks: Sequence[str] = ()
     keep: Retention | None = None
     files: ScriptFiles | None = None
+    memory_checkpoints: int = MEMORY_CHECKPOINTS
+    memory_budget: int | None = None
+    signalled: Signalled | None = None
 
 
 @dataclass(kw_only=True)
@@ -76,6 +90,7 @@ class Parts:
     sender: Sender
     place_file: Path | None
     tracked: dict[str, Any]
+    preemption: Preemption
     group: Any = None
 
 
@@ -103,7 +118,7 @@ def start(script: Script) -> Parts:
         core.overrides.log_on_device = lambda metric, rate: core.log(core.row_step, {metric: rate})
     core.flops = _flop_meter(script, core, device)
     if script.loader is not None:
-        core.feed = Feed(script.loader, capture_rng=capture_rng, restore_rng=restore_rng)
+        core.feed = Feed(script.loader, capture_rng=capture_rng, restore_rng=restore_rng, world_size=place.world_size)
     core.rank_places = gather_places(core, group)
     tracked: dict[str, Any] = {}
     alone_or_grouped = place.world_size == 1 or group is not None
@@ -175,6 +190,10 @@ def _checkpointer(script: Script, core: Core, group: Any, tracked: dict[str, Any
         world_size=core.place.world_size,
         group=group,
         state=state,
+        memory_checkpoints=script.memory_checkpoints,
+        memory_budget=script.memory_budget,
+        best_by=core.best_by,
+        local_ranks=sum(place.node == core.place.node for place in core.rank_places),
     )
 
 
@@ -254,12 +273,20 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
             boundary=core.boundary,
             connection=connections.leading,
             prepare=lambda command: prepare(core, command),
+            later=lambda command: waits_for_a_save(core, command),
             tell=core.event,
             incarnation=lambda: core.incarnation,
         )
     agent = None
     with _telling("this node's GPUs are not shown"):
         agent = NodeAgent(job=job_id() or identity.id, node=place.node) if place.local_rank == 0 else None
+    preemption = Preemption(
+        core,
+        control=control,
+        reading=connections.reading if connections else None,
+        leader=leader,
+        signalled=script.signalled,
+    )
     sender = Sender(
         core,
         figures=Figures(core, control, connections.reading if connections else None),
@@ -267,6 +294,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
         link=link,
         leader=leader,
         info=lambda: run_info(script, core),
+        preemption=preemption,
     )
     return Parts(
         core=core,
@@ -276,6 +304,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
         sender=sender,
         place_file=_announce(core),
         tracked=tracked,
+        preemption=preemption,
     )
 
 
@@ -323,8 +352,9 @@ def prepare(core: Core, command: Command) -> Prepared | str:
     if not isinstance(action, Rollback):
         # In two phases what rank 0 alone may decide, and what is to be withdrawn until the last moment.
         return Prepared(two_phase=command.condition is not None or command.expires_s is not None)
+    held = core.checkpointer.in_memory if core.checkpointer is not None else []
     with core.deleting:
-        known = list_checkpoints(RunDir(core.identity.directory).checkpoints)
+        known = list_with_memory(RunDir(core.identity.directory).checkpoints, held)
         target = pick(known, action.target, core.best_by)
         core.rollback_target = target.id if target is not None else None
     if target is None:
@@ -337,13 +367,19 @@ def prepare(core: Core, command: Command) -> Prepared | str:
     return Prepared(two_phase=True, checkpoint=target.id, incarnation=incarnation)
 
 
+def waits_for_a_save(core: Core, command: Command) -> bool:
+    """Whether a command is better proposed later: a save now would hold training up until an older one is written."""
+    saves = isinstance(command.action, CheckpointSave) and core.checkpointer is not None and core.checkpointer.full
+    return saves and not core.boundary.closed and core.ending is None
+
+
 def resume(core: Core, group: Any) -> int | None:
     """At start: restore what TRAINCTL_RESUME names, or, in a later attempt, the newest checkpoint that is whole.
 
     A collective over `group`: rank 0 chooses for all, because a shared file system may not show everybody the same.
 
-    Returns the step, or None where there is nothing to resume from. Raises `CheckpointError` when what was asked for is
-    damaged.
+    Returns the step, or None where there is nothing to resume from. A damaged one is passed over, and that is told.
+    Raises `CheckpointError` when the one that was asked for by name is damaged, or all are.
     """
     asked = os.environ.get("TRAINCTL_RESUME")
     if asked and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
@@ -352,31 +388,38 @@ def resume(core: Core, group: Any) -> int | None:
     if not alone_or_grouped or (not asked and core.identity.attempt == 1):
         begin_branch(core)
         return None
-    told: list[Any] = [_candidates(core, asked), _newest(core)] if core.place.leads else [None, None]
+    checkpoints = RunDir(core.identity.directory).checkpoints
+    found = fallback.choice(checkpoints, asked, core.best_by) if core.place.leads else None
+    told: list[Any] = [found, _newest(core) if core.place.leads else None]
     if group is not None:
         dist.broadcast_object_list(told, src=0, group=group)
-    candidates: list[str] = told[0]
+    chosen: fallback.Choice = told[0]
+    candidates, failed = chosen.candidates, dict[str, str]()
     newest: steering.Steering | None = told[1]
     if core.checkpointer is None:
         candidates = []  # what operators set is taken all the same
-    elif asked and not candidates and asked not in {"1", "last"}:
+    elif chosen.named and not candidates:
         raise CheckpointError(f"TRAINCTL_RESUME asks for {asked!r}, and there is no such checkpoint")
-    for number, checkpoint in enumerate(candidates):
+    for checkpoint in candidates:
         assert core.checkpointer is not None
         try:
             loaded = core.checkpointer.load(checkpoint)
         except CheckpointError as error:
-            if number + 1 == len(candidates):
+            if chosen.named or isinstance(error, RanksLost):
                 raise
-            log.warning("trainctl: %s; trying the next older checkpoint", error)
+            failed[checkpoint] = str(error)
             continue
         core.checkpointer.commit(loaded, restore_overrides=newest is None)
+        tell_notes(core, loaded)
         core.resumed_from, core.resumed_tunables = checkpoint, loaded.tunables
         if newest is not None:
             steering.put(core, newest)
         step = position(core, loaded, tell=False)
+        fallback.tell(core, checkpoint, failed, chosen.damaged)
         begin_branch(core, parent=loaded.incarnation, after_step=step)
         return step
+    if core.checkpointer is not None and (failed or chosen.damaged):
+        raise CheckpointError(fallback.none_left(failed, chosen.damaged))
     if newest is not None:
         steering.put(core, newest)
         core.reverts.rewound(0)
@@ -384,20 +427,19 @@ def resume(core: Core, group: Any) -> int | None:
     return None
 
 
+def tell_notes(core: Core, loaded: Loaded) -> None:
+    """What is not as it was, to the log and to the operator."""
+    if core.place.leads:
+        for text in loaded.notes:
+            log.warning("trainctl: resumed from %s: %s", loaded.id, text)
+            core.note("resume", f"{loaded.id}: {text}")
+
+
 def _newest(core: Core) -> steering.Steering | None:
     """What operators had set when an earlier attempt ended, unless the checkpoint's is asked for."""
     asked = os.environ.get("TRAINCTL_RESTORE_OVERRIDES", "0") not in {"", "0"}
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # it was meant for that one
     return None if asked and first_start else steering.kept(core)
-
-
-def _candidates(core: Core, asked: str | None) -> list[str]:
-    """The checkpoints to try, in order."""
-    known = list_checkpoints(RunDir(core.identity.directory).checkpoints)
-    if asked and asked not in {"1", "last"}:
-        target = pick(known, asked, core.best_by)
-        return [target.id] if target is not None else []
-    return [info.id for info in reversed(known) if info.verified is not False and not info.abandoned]
 
 
 def run_info(script: Script, core: Core) -> RunInfo:

@@ -81,6 +81,7 @@ class Core:
     reverts: Reverts = field(default_factory=Reverts)
     saves: list[RunningSave] = field(default_factory=list)
     saves_begun: int = 0
+    newest_save: RunningSave | None = None
     retention: Retention | None = None  # None: nothing is ever deleted
     troubles: list[Trouble] = field(default_factory=list)  # as the hub says; replaced, never changed
     rollback_target: str | None = None  # what the newest rollback goes back to; written under `deleting`
@@ -92,6 +93,7 @@ class Core:
     ended_by: str | None = None
     last_save: str | None = None  # the note of a checkpoint that is still to be made before the run ends
     held_s: float = 0.0  # how long boundaries inside the evaluation took
+    preempted: str | None = None  # why the machine is taken away
     row_step: int = 1
     first_step: int = 0
     resumed_from: str | None = None

@@ -3,12 +3,26 @@
 Exact for data that depend on the index alone. A loader with `state_dict` restores itself. A plain DataLoader is
 replayed: the random state in which the epoch's iterator was made is restored, the iterator is made anew, and as many
 batches are taken from it as the checkpoint had seen.
+
+With another number of ranks than the checkpoint's, what all ranks together had seen of the epoch is divided among the
+ranks of now (`among`), and the epoch is opened anew by its number and replayed so far: a loader's own state counts what
+one rank of the old job did, and belongs to none of the new ones.
 """
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 Rng = dict[str, Any]
+
+
+def among(count: int, before: int, now: int) -> tuple[int, bool]:
+    """How many micro-batches a rank stands at when `before` ranks had seen `count` each and there are `now` ranks.
+
+    Rounded down, so that nothing is left out: fewer than `now` micro-batches over all ranks may be seen again. Also
+    whether the division left nothing over.
+    """
+    seen = count * before
+    return seen // now, seen % now == 0
 
 
 class Feed:
@@ -18,8 +32,16 @@ class Feed:
     same index after a rollback, a resume or a skip.
     """
 
-    def __init__(self, loader: Any, *, capture_rng: Callable[[], Rng], restore_rng: Callable[[Rng], None]) -> None:
+    def __init__(
+        self,
+        loader: Any,
+        *,
+        capture_rng: Callable[[], Rng],
+        restore_rng: Callable[[Rng], None],
+        world_size: int = 1,
+    ) -> None:
         self._loader = loader
+        self._world_size = world_size
         self._capture_rng = capture_rng
         self._restore_rng = restore_rng
         self._keeps_state = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
@@ -51,6 +73,7 @@ class Feed:
         """Where it stands, in plain values and tensors."""
         state: dict[str, Any] = {"epoch": self.epoch, "batch": self.batch, "index": self.index}
         state["opened"] = self._iterator is not None
+        state["world_size"] = self._world_size
         if self._iterator is None:
             return state
         if self._keeps_state:
@@ -63,6 +86,10 @@ class Feed:
         """Stand where `state` says; the iterator is made by `reopen`."""
         self.epoch, self.batch = int(state["epoch"]), int(state["batch"])
         self.index = int(state.get("index", self.batch))
+        before = int(state.get("world_size", self._world_size))
+        if before != self._world_size:
+            self.batch, _ = among(self.batch, before, self._world_size)
+            self.index, _ = among(self.index, before, self._world_size)
         self._iterator, self._restored = None, state
 
     def reopen(self, *, skip: int = 0) -> None:
@@ -72,18 +99,31 @@ class Feed:
         """
         state, self._restored = self._restored, None
         if state is not None and state["opened"]:
-            if "loader" in state:
+            if int(state.get("world_size", self._world_size)) != self._world_size:
+                self._replay(None)
+            elif "loader" in state:
                 self._loader.load_state_dict(state["loader"])
                 self._open()
             else:
-                self._restore_rng(state["rng"])
-                seen, index, self.batch = self.batch, self.index, 0
-                self._open()
-                for _ in range(seen):
-                    self.next()
-                self.index = index
+                self._replay(state["rng"])
         for _ in range(skip):
             self.next()
+
+    def _replay(self, rng: Rng | None) -> None:
+        """Open the epoch and take from it what was seen of it, with the random state that its order was drawn from.
+
+        An epoch that became shorter, because more ranks share it, may end before that.
+        """
+        if rng is not None:
+            self._restore_rng(rng)
+        seen, index, epoch, self.batch = self.batch, self.index, self.epoch, 0
+        self._open()
+        for _ in range(seen):
+            self.next()
+            if self.epoch != epoch:
+                self.batch, self._iterator = 0, None  # taken from the next epoch, which begins anew
+                break
+        self.index = index
 
     def _open(self) -> None:
         for holder in (

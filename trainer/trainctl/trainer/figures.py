@@ -114,6 +114,7 @@ def figures_of(core: Core, phases_s: dict[str, float], steps: int, steps_s: floa
         data_last=data[1] if data is not None else None,
         phase=phase[0] if phase is not None else None,
         phase_since=now - phase[1] if phase is not None else None,
+        checkpoint_memory_bytes=core.checkpointer.memory_bytes if core.checkpointer is not None else None,
     )
 
 
@@ -153,4 +154,5 @@ def run_state(
         revert_in=core.reverts.steps_left(core.boundary.completed),
         overrides=steering.in_words(core),
         dropped={reason: count for reason, count in dropped.items() if count},
+        in_memory=core.checkpointer.in_memory if core.checkpointer is not None else [],
     )

@@ -74,23 +74,38 @@ def found_run(name: str) -> tuple[str, Path]:
             "the first a letter or digit"
         )
     given = os.environ.get("TRAINCTL_RUN_DIR")
-    return run_id, Path(given).absolute() if given else runs_dir() / run_id
+    directory = Path(given).absolute() if given else runs_dir() / run_id
+    return (_id_in(directory) if given and _started_again() else None) or run_id, directory
+
+
+def _started_again() -> bool:
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def _id_in(directory: Path) -> str | None:
+    """The run in a directory: each node's `trainctl run` made up an id, and rank 0 may be on another node now."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        found = str(json.loads(RunDir(directory).info_file.read_text())["id"])
+        return found if RUN_ID.match(found) else None
+    return None
 
 
 def _before_restart() -> tuple[str, Path] | None:
     """The run of the attempt before, where torchrun starts ranks again and its user named no run."""
-    if os.environ.get("TRAINCTL_RUN_ID") or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+    if os.environ.get("TRAINCTL_RUN_ID") or "TORCHELASTIC_RUN_ID" not in os.environ:
         return None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # rank 0 was on another node then: a new run
         found = json.loads(_torchruns_run().read_text())
-        return str(found["id"]), Path(found["dir"])
+        # A node that came or went is a restart that torchrun does not count; a second run of one script is none.
+        if _started_again() or int(found["pid"]) != os.getpid():
+            return str(found["id"]), Path(found["dir"])
     return None
 
 
 def _remember_for_restart(run_id: str, directory: Path) -> None:
     """Tell rank 0 of torchrun's next attempt on this node which run it goes on with. Raises OSError."""
     if "TORCHELASTIC_RUN_ID" in os.environ and not os.environ.get("TRAINCTL_RUN_ID"):
-        write_atomic(_torchruns_run(), json.dumps({"id": run_id, "dir": str(directory)}).encode())
+        write_atomic(_torchruns_run(), json.dumps({"id": run_id, "dir": str(directory), "pid": os.getpid()}).encode())
 
 
 def _torchruns_run() -> Path:

@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 _ANSWERS_S = 30.0
 _FIRST_AGREEMENT_S = 0.01
 _POLL_S = (0.002, 0.05)
-_EVALUATION_OVER_S = 0.05
+_WAIT_OVER_S = 0.05
 
 _Item: TypeAlias = tuple[LinkCommand, str | None]
 
@@ -59,7 +59,8 @@ class Prepared:
 class Leader(threading.Thread):
     """Takes commands from a queue, proposes them, tells where each one stands through `tell`.
 
-    `prepare(command)` returns what a proposal needs, or the reason why the command is rejected at once. The outcome of
+    `prepare(command)` returns what a proposal needs, or the reason why the command is rejected at once; one for which
+    `later(command)` is true is taken up again after those that came behind it. The outcome of
     what finishes in the background (a checkpoint) is told by who waits for it, the sender.
     """
 
@@ -70,6 +71,7 @@ class Leader(threading.Thread):
         boundary: Boundary,
         connection: Connection,
         prepare: Callable[[Command], Prepared | str],
+        later: Callable[[Command], bool] = lambda _command: False,
         tell: Callable[[CommandUpdate], None],
         incarnation: Callable[[], int],
     ) -> None:
@@ -78,10 +80,11 @@ class Leader(threading.Thread):
         self._boundary = boundary
         self._connection = connection
         self._prepare = prepare
+        self._later = later
         self._tell = tell
         self._incarnation = incarnation
         self._commands: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
-        self._aside: deque[_Item] = deque()  # they wait for the end of an evaluation
+        self._aside: deque[_Item] = deque()  # they wait for the end of an evaluation, or of a save
         self._queued: dict[str, LinkCommand] = {}
         self._cancelled: dict[str, LinkCancel] = {}
         self._seen: set[str] = set()
@@ -129,12 +132,14 @@ class Leader(threading.Thread):
             self._serve(item)
 
     def _next(self) -> _Item | None:
-        """The next command whose boundary can come soon: what has to wait for an evaluation lets others pass."""
+        """The next command whose boundary can come soon: what waits for an evaluation or a save lets others pass."""
         while True:
-            if self._aside and not self._waits(self._aside[0]):
-                return self._aside.popleft()
+            ready = next((waiting for waiting in self._aside if not self._waits(waiting)), None)
+            if ready is not None:
+                self._aside.remove(ready)
+                return ready
             try:
-                item = self._commands.get(timeout=_EVALUATION_OVER_S if self._aside else None)
+                item = self._commands.get(timeout=_WAIT_OVER_S if self._aside else None)
             except queue.Empty:
                 continue
             if item is None or not self._waits(item):
@@ -143,6 +148,8 @@ class Leader(threading.Thread):
 
     def _waits(self, item: _Item) -> bool:
         boundary, (message, undo) = self._boundary, item
+        if undo is None and self._later(message.command):
+            return True
         held_at = boundary.held_at
         if held_at is not None and held_at.mark:
             return undo is not None

@@ -44,6 +44,10 @@ class OffRun(Run):
     def stopping(self) -> bool:
         return False
 
+    @property
+    def preempted(self) -> bool:
+        return False
+
     def batches(self) -> Iterator[Any]:
         if self._feed is None:
             raise ValueError("batches() needs the loader: Run.attach(…, loader=loader)")

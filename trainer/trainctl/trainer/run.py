@@ -13,6 +13,7 @@ wrong call at attach, and `control.InDoubt`.
 
 import atexit
 import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -30,14 +31,16 @@ from trainctl.trainer import attach as attaching
 from trainctl.trainer import forks
 from trainctl.trainer.actions import begin_save, position, save_before_the_end
 from trainctl.trainer.buffer import StepMark
-from trainctl.trainer.checkpoint import Accessor, Retention
+from trainctl.trainer.checkpoint import MEMORY_CHECKPOINTS, Accessor, Retention
 from trainctl.trainer.checkpoint.script_files import script_files
 from trainctl.trainer.control import InDoubt
 from trainctl.trainer.core import Callbacks
 from trainctl.trainer.evaluation import batches as evaluation_batches
 from trainctl.trainer.evaluation import evaluate
+from trainctl.trainer.preemption import farewell, listen
 from trainctl.trainer.tunables import TunableValue, Value
 from trainctl.wire.messages import LinkBye, RunStateName
+from trainctl.wire.preemption import REQUEUE_EXIT_CODE
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +96,9 @@ class Run:
         keep: Retention | None = None,
         save: Callable[[Path], None] | None = None,
         load: Callable[[Path], None] | None = None,
+        memory_checkpoints: int = MEMORY_CHECKPOINTS,
+        memory_budget: int | None = None,
+        preempt_signal: str | None = None,
     ) -> "Run":
         """Join a run, on every rank, after the process group and everything named here was made.
 
@@ -106,12 +112,17 @@ class Run:
         `keep` says which checkpoints stay, such as Retention(last=3, metric="val_loss"); without it all do.
         `save(directory)` and `load(directory)` take the place of our own saving of models, optimizers, schedulers and
         scaler: every rank calls them at the boundary, to write its files into the checkpoint's directory and to read
-        them back once they were verified (docs/retention.md says what is promised then).
+        them back once they were verified (docs/retention.md says what is promised then; no state stays in memory).
+        `memory_checkpoints` states stay in host memory for a fast rollback, 0 for none, within `memory_budget` bytes on
+        each rank; without it within this rank's part of a quarter of what is free on its node (docs/checkpoints.md).
+        `preempt_signal`, such as "USR1", becomes one checkpoint and a stop on all ranks, whichever rank gets it; for
+        launchers that signal ranks themselves, and only where the script has no handler for it (docs/preemption.md).
 
         Raises ValueError or TypeError on a wrong call, and `CheckpointError` when a checkpoint that TRAINCTL_RESUME
         names is damaged.
         """
         _check(name, total_steps, eval_every, checkpoint_every)
+        _check_memory(memory_checkpoints=memory_checkpoints, memory_budget=memory_budget)
         _check_flops(flops_per_step=flops_per_step, peak_flops=peak_flops)
         if config is not None and not isinstance(config, Mapping):
             raise TypeError(f"config takes a mapping, such as vars(args), not {type(config).__name__}")
@@ -133,11 +144,14 @@ class Run:
             sinks=_names(sinks),
             keep=keep,
             files=script_files(save, load),
+            memory_checkpoints=memory_checkpoints,
+            memory_budget=memory_budget,
         )
         if os.environ.get("TRAINCTL", "").lower() == "off":
             from trainctl.trainer.off import OffRun
 
             return OffRun(script, eval_every=eval_every)
+        script = dataclasses.replace(script, signalled=listen(preempt_signal))
         forks.install()
         run = cls(attaching.start(script), script)
         run._register_intervals(eval_every, checkpoint_every)
@@ -170,6 +184,11 @@ class Run:
     def stopping(self) -> bool:
         """An operator asked to stop: leave the loop. `batches` ends by itself."""
         return self._core.ending is not None
+
+    @property
+    def preempted(self) -> bool:
+        """The machine is taken away: end with exit code 75, so that a scheduler requeues. `trainctl run` does so."""
+        return self._core.ending == "preempted"
 
     # What the loop calls
 
@@ -314,6 +333,9 @@ class Run:
             self._parts.control.leave(_LEAVE_S)
         state: RunStateName = "failed" if failed else core.ending or "finished"
         reason = failed or (f"by {core.ended_by}" if core.ended_by else None)
+        if state == "preempted":
+            reason = farewell(core)
+            self._parts.preemption.left(reason)
         self._parts.sender.finish(LinkBye(state=state, step=core.boundary.completed, reason=reason))
         if self._parts.place_file is not None:
             with contextlib.suppress(OSError):  # the agent will see that the process is gone
@@ -330,7 +352,8 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        left_well = error is None or (isinstance(error, SystemExit) and error.code in {None, 0})
+        well = {None, 0, *([REQUEUE_EXIT_CODE] if self.preempted else [])}
+        left_well = error is None or (isinstance(error, SystemExit) and error.code in well)
         self.close(failed=None if left_well else f"{type(error).__name__}: {error}")
 
     # Inside
@@ -378,8 +401,9 @@ class Run:
             save_before_the_end(self._core)
         if saves is not None and saves.value and step == self._core.first_step + 1:
             self._warm()
-        if saves is not None and saves.value and step % int(saves.value) == 0:
-            begin_save(self._core)
+        # A stop inside the evaluation has saved this step already, and an abort wants nothing saved.
+        if saves is not None and saves.value and step % int(saves.value) == 0 and self._core.ending is None:
+            begin_save(self._core, may_leave_out=True)
 
     def _warm(self) -> None:
         """The optimizer's state exists after the first step: let the first save find its buffers made."""
@@ -412,6 +436,12 @@ def _check(name: str, total_steps: int | None, eval_every: int | None, checkpoin
     for word, number in numbers.items():
         if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 0):
             raise ValueError(f"{word} is {number!r}: give a whole number of steps, 0 or more, or leave it out")
+
+
+def _check_memory(**given: int | None) -> None:
+    for word, number in given.items():
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int) or number < 0):
+            raise ValueError(f"{word} is {number!r}: give a whole number, 0 or more, or leave it out")
 
 
 def _check_flops(**given: float | None) -> None:

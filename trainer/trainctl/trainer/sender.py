@@ -21,6 +21,7 @@ from trainctl.trainer.figures import Pace, decode_figures, encode_figures, figur
 from trainctl.trainer.leader import Leader, update_of
 from trainctl.trainer.link import Link, wait_readable
 from trainctl.trainer.meeting import Connection, StoreSilent
+from trainctl.trainer.preemption import Preemption
 from trainctl.trainer.pruning import Pruner
 from trainctl.trainer.rows import RowMaker
 from trainctl.trainer.tally import Tally, clip_of
@@ -124,6 +125,7 @@ class Sender(threading.Thread):
         link: Link | None,
         leader: Leader | None,
         info: Callable[[], RunInfo],
+        preemption: Preemption | None = None,
     ) -> None:
         super().__init__(name="trainctl-sender", daemon=True)
         self._core = core
@@ -133,6 +135,7 @@ class Sender(threading.Thread):
         self._leader = leader
         self._info = info
         self._pruner = Pruner(core, core.retention) if core.place.leads and core.retention is not None else None
+        self._preemption = preemption
         self._rows = RowMaker(
             attempt=core.identity.attempt, incarnation=core.incarnation, completed=core.boundary.completed
         )
@@ -188,6 +191,8 @@ class Sender(threading.Thread):
         core = self._core
         self._settle_saves(now)
         steering.keep(core)
+        if self._preemption is not None:
+            self._preemption.tick(now)
         if self._leader is not None:
             self._undo_what_is_due()
         if self._link is None:
@@ -272,6 +277,8 @@ class Sender(threading.Thread):
         assert self._link is not None
         while self._core.events:
             event = self._core.events.popleft()
+            if self._preemption is not None:
+                self._preemption.hear(event)
             steering.keep(self._core)  # whoever hears that it is applied may rely on it after a crash, too
             self._link.record(event, now)
             self._next_state = now  # whoever hears of an outcome and asks must see what it changed

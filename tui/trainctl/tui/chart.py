@@ -13,6 +13,7 @@ from trainctl.tui.raster import Columns, Flags, Floats, Glyphs
 from trainctl.tui.tones import Tone
 
 _EMPTY = ord(" ")
+_DASH = 3  # cells; the last one is the gap
 _AXIS = {"braille": "┤│└─┬╎│✖", "block": "┤│└─┬╎│x", "ascii": "+|+-+:|x"}
 
 
@@ -21,7 +22,8 @@ class Curve:
     """One line of a chart: arrays of one length, `x` ascending; `low` and `high` are `mean` where a sample is a value.
 
     `point` is a glyph for every sample, for curves of few samples. `smooth` draws the moving average bright over the
-    dim curve. `dim` is for what is no longer true, such as an abandoned branch.
+    dim curve. `dim` is for what is no longer true, such as an abandoned branch. `dashed` leaves gaps, so that two
+    curves are told apart without colours.
     """
 
     label: str
@@ -33,6 +35,7 @@ class Curve:
     raw_tone: Tone = Tone.RAW_1
     dim: bool = False
     smooth: bool = False
+    dashed: bool = False
     point: str = ""
 
     @classmethod
@@ -190,6 +193,8 @@ def _draw_curves(plot: _Plot, chart: Chart, gathered: Sequence[Columns], span: S
         curve, columns = chart.curves[index], gathered[index]
         quiet = curve.dim or curve.smooth
         dots = raster.dots_of(columns, span.low, span.high, rows)
+        if curve.dashed:
+            dots[:, np.arange(dots.shape[1]) * plot.width // dots.shape[1] % _DASH == _DASH - 1] = False
         plot.draw(dots, curve.raw_tone if quiet else curve.tone, over=False)
     for index in order:
         curve, columns = chart.curves[index], gathered[index]

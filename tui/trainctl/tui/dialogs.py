@@ -31,7 +31,7 @@ from trainctl.wire.commands import (
     check,
 )
 from trainctl.wire.expressions import ExpressionError, parse
-from trainctl.wire.manifest import pick
+from trainctl.wire.manifest import pick, resized_words
 from trainctl.wire.messages import CheckpointInfo, Tunable
 
 
@@ -310,6 +310,8 @@ class RollbackDialog(Dialog):
         parts = [f"back from step {step:,} to {chosen.step:,}: {max(0, step - chosen.step):,} steps are lost"]
         parts += [f"{skip:,} batches skipped"] if skip else []
         parts += [self._lr_words(scale)] if scale != 1 else []
+        ranks = self.model.info.world_size if self.model.info else 0
+        parts += [other] if (other := resized_words(chosen.world_size, ranks)) else []
         parts += ["its hashes are checked first"] if chosen.verified is None else []
         self.query_one("#plan", Static).update(f"{self.look.symbols.rollback} " + " · ".join(parts))
 

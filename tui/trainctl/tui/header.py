@@ -67,7 +67,16 @@ def headline(model: RunModel, symbols: Symbols, now: float | None = None) -> Hea
                 age=since,
                 story=plain(state.reason or "no step for far longer than a step takes; every command still works"),
             )
-        case "lost" | "failed" | "preempted":
+        case "preempted":
+            return Headline(
+                glyph=symbols.stalled,
+                word="PREEMPTED",
+                tone=Tone.STALLED,
+                age=since,
+                story=f"the machine was taken away: {_death(model)}",
+                hint=f"trainctl run --resume {plain(model.info.id)} goes on" if model.info else "",
+            )
+        case "lost" | "failed":
             return Headline(
                 glyph=symbols.lost,
                 word=state.state.upper(),
@@ -281,13 +290,10 @@ def vitals(model: RunModel, feed: Feed, symbols: Symbols, now: float | None = No
         found.append(lr)
     if gradient:
         found.append(_metric_vital(model, feed, gradient, "grad", source_now, digits=3))
-    found += [
-        Vital(label="clip", value=figures.percent(model.metrics[name].value))
-        for name in ("clip_share", "clipped", "clip_fraction")
-        if name in known
-    ]
     if state is None:
         return found
+    if state.clipped is not None:
+        found.append(Vital(label="clip", value=figures.percent(state.clipped)))
     moving = state.state in {"running", "evaluating", "checkpointing", "starting"}
     if moving and state.tokens_per_s:
         found.append(Vital(label="", value=f"{figures.quantity(state.tokens_per_s)} tok/s"))

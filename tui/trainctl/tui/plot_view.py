@@ -149,6 +149,7 @@ def _curve(line: Line, samples: Samples, view: PlotView, look: Look) -> Curve:
         tone=line.tone,
         raw_tone=line.raw_tone,
         smooth=line.smooth and view.smooth,
+        dashed=line.dashed,
         point=look.symbols.point if line.sparse else "",
     )
 
@@ -219,7 +220,8 @@ def _draw_title(
         return
     if not only_main:
         for line in plot.lines:
-            sign = look.symbols.point if line.sparse else look.symbols.line
+            symbols = look.symbols
+            sign = symbols.point if line.sparse else symbols.dashes if line.dashed else symbols.line
             x = grid.put_pieces(x + 2, 0, [(sign, line.tone), (f" {line.label}", Tone.DIM)])
     notes: list[Piece] = [
         (text, tone)

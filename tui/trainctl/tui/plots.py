@@ -11,7 +11,8 @@ Kind: TypeAlias = Literal["value", "lr", "rate"]
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One metric in a plot. `smooth`: noisy, shown with its average. `sparse`: a few values, shown as points."""
+    """One metric in a plot. `smooth`: noisy, shown with its average. `sparse`: a few values, shown as points.
+    `dashed`: what is meant, beside what is."""
 
     metric: str
     label: str
@@ -19,6 +20,7 @@ class Line:
     raw_tone: Tone
     smooth: bool = False
     sparse: bool = False
+    dashed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +85,8 @@ def _loss_plot(known: frozenset[str]) -> Plot:
 def _lr_plot(known: frozenset[str]) -> Plot:
     lines = [_line("lr", "effective", _VIOLET)]
     if "lr_scheduled" in known:
-        lines.insert(0, _line("lr_scheduled", "scheduled", (Tone.CROSSHAIR, Tone.FAINT)))
+        tones = (Tone.CROSSHAIR, Tone.FAINT)
+        lines.insert(0, Line(metric="lr_scheduled", label="scheduled", tone=tones[0], raw_tone=tones[1], dashed=True))
     return Plot(title="learning rate", lines=tuple(lines), kind="lr")
 
 

@@ -165,6 +165,7 @@ class Symbols:
     separator: str = "·"
     point: str = "◆"
     line: str = "─"
+    dashes: str = "┄"
     pinned: str = "●"
     lr: str = "◇"
 
@@ -200,6 +201,7 @@ ASCII_SYMBOLS = Symbols(
     separator="-",
     point="o",
     line="-",
+    dashes=":",
     pinned="*",
     lr="L",
 )

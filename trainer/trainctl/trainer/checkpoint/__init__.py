@@ -9,7 +9,7 @@ checkpointer.commit(loaded)                     # assignment only
 loaded.restore_rng()
 """
 
-from trainctl.trainer.checkpoint.checkpointer import Checkpointer
+from trainctl.trainer.checkpoint.checkpointer import MEMORY_CHECKPOINTS, Checkpointer
 from trainctl.trainer.checkpoint.errors import CheckpointError
 from trainctl.trainer.checkpoint.load import Loaded
 from trainctl.trainer.checkpoint.retention import Progress, Retention, expired, prune
@@ -17,6 +17,7 @@ from trainctl.trainer.checkpoint.save import PendingSave, SaveResult
 from trainctl.trainer.checkpoint.state import Accessor, State, Stateful
 
 __all__ = [
+    "MEMORY_CHECKPOINTS",
     "Accessor",
     "CheckpointError",
     "Checkpointer",

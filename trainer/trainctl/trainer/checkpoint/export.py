@@ -8,6 +8,7 @@ what went wrong as one line on stderr, with exit code 1. Needs torch and safeten
 """
 
 import argparse
+import io
 import os
 import secrets
 import sys
@@ -21,9 +22,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from trainctl.trainer.checkpoint.errors import CheckpointError
+from trainctl.trainer.checkpoint.index import read_index
 from trainctl.trainer.checkpoint.save import DCP_METADATA, rank_file
 from trainctl.trainer.checkpoint.script_files import has_script_files
-from trainctl.wire.manifest import DamagedCheckpoint, Manifest, verify
+from trainctl.wire.manifest import DamagedCheckpoint, Manifest, read_vouched, verify
 from trainctl.wire.rundir import fsync_dir
 
 if TYPE_CHECKING:
@@ -51,8 +53,11 @@ def export(directory: Path, file: Path, *, model: int | None = None, force: bool
     if file.exists() and not force:
         raise CheckpointError(f"{file} exists already: nothing was written; --force replaces it")
     manifest = _verified(directory)
-    names, skipped = _names_of(directory, manifest, model)
-    tensors = _read(directory, names)
+    try:
+        names, skipped = _names_of(directory, manifest, model)
+        tensors = _read(directory, manifest, names)
+    except DamagedCheckpoint as damage:  # it changed since it was verified
+        raise CheckpointError(f"{damage}; nothing was written") from None
     metadata = {"format": "pt", "run": manifest.run, "step": str(manifest.step), "id": manifest.id}
     metadata |= {"incarnation": str(manifest.incarnation)}
     size = _write(file, tensors, metadata, force=force)
@@ -72,9 +77,6 @@ def _verified(directory: Path) -> Manifest:
         manifest = verify(directory)
     except DamagedCheckpoint as damage:
         raise CheckpointError(f"{damage}; nothing was written") from None
-    for owned in (directory, *(directory / listed.name for listed in manifest.files)):
-        if owned.stat().st_uid != os.getuid():
-            raise CheckpointError(f"{owned} does not belong to us, so it is not read")
     if has_script_files(manifest):
         raise CheckpointError(
             f"{manifest.id} was written by the script's own save=: its weights are in {directory / 'script'}, in that "
@@ -88,7 +90,9 @@ def _verified(directory: Path) -> Manifest:
 
 def _names_of(directory: Path, manifest: Manifest, model: int | None) -> tuple[dict[str, str], list[str]]:
     """The model's own names of its tensors, each with its name in the checkpoint; and what is no tensor."""
-    content = torch.load(directory / rank_file(0), map_location="cpu", weights_only=True)
+    content = torch.load(
+        io.BytesIO(read_vouched(directory, manifest, rank_file(0))), map_location="cpu", weights_only=True
+    )
     shared: dict[str, Node] = content["shared"]
     count = sum(name.startswith("model.") for name in shared)
     if count == 0:
@@ -106,10 +110,10 @@ def _names_of(directory: Path, manifest: Manifest, model: int | None) -> tuple[d
     return names, skipped
 
 
-def _read(directory: Path, names: dict[str, str]) -> dict[str, torch.Tensor]:
+def _read(directory: Path, manifest: Manifest, names: dict[str, str]) -> dict[str, torch.Tensor]:
     """Whole tensors by the model's own names, whatever ranks wrote their parts."""
     reader = FileSystemReader(directory)
-    metadata = reader.read_metadata()
+    metadata = read_index(directory, manifest)
     whole: dict[str, Any] = {}
     for stored_name in names.values():
         stored = metadata.state_dict_metadata.get(stored_name)

@@ -1,7 +1,9 @@
 """Reading a checkpoint: every file is verified first, then all goes into new host memory; nothing live is touched."""
 
-import os
+import contextlib
+import io
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from trainctl.trainer.checkpoint.capture import Captured
-from trainctl.trainer.checkpoint.errors import CheckpointError
+from trainctl.trainer.checkpoint.errors import CheckpointError, RanksLost
+from trainctl.trainer.checkpoint.index import read_index
 from trainctl.trainer.checkpoint.ranks import Ranks
+from trainctl.trainer.checkpoint.resized import not_exact
 from trainctl.trainer.checkpoint.rng import restore_rng
 from trainctl.trainer.checkpoint.save import DCP_METADATA, rank_file
 from trainctl.trainer.checkpoint.script_files import FOLDER, has_script_files
@@ -25,6 +29,7 @@ from trainctl.wire.manifest import (
     Manifest,
     list_checkpoints,
     read_manifest,
+    read_vouched,
     remember_check,
     verify,
 )
@@ -36,6 +41,8 @@ _REPLACE = "nothing was changed; roll back to an older checkpoint (trainctl chec
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
     """A checkpoint in host memory. It can be committed any number of times: committing copies out of it.
+
+    One `from_memory` lies in the buffers that saves use, and is good until the next save begins.
 
     `notes` tells what will not be as it was, for the plan that an operator confirms; empty means exact to the bit.
     """
@@ -52,6 +59,8 @@ class Loaded:
     own: dict[str, Node] = field(default_factory=dict, repr=False)
     tensors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     same_ranks: bool = True
+    from_memory: bool = False
+    whole: Callable[[], bool] = field(default=lambda: True, repr=False)  # false once a later save took its memory
     script: Path | None = None  # where the script's own files are, verified
 
     @property
@@ -94,6 +103,8 @@ def read(directory: Path, checkpoint_id: str, *, ranks: Ranks, state: State, liv
     path = directory / checkpoint_id
     try:
         manifest = ranks.together("the checkpoint cannot be verified", lambda: _verified(path, checkpoint_id, ranks))
+    except RanksLost:
+        raise
     except CheckpointError as error:
         if ranks.first and path.is_dir():
             remember_check(path, ok=False, text=str(error))
@@ -101,7 +112,7 @@ def read(directory: Path, checkpoint_id: str, *, ranks: Ranks, state: State, liv
     if ranks.first:
         remember_check(path, ok=True, text="every file has the size and hash of the manifest")
     return ranks.together(
-        f"checkpoint {checkpoint_id} cannot be read", lambda: _read_rank(path, manifest, ranks, state, live)
+        f"checkpoint {checkpoint_id} cannot be read", lambda: _read_whole(path, manifest, ranks, state, live)
     )
 
 
@@ -118,19 +129,26 @@ def _verified(path: Path, checkpoint_id: str, ranks: Ranks) -> Manifest:
     for name in (DCP_METADATA, rank_file(0)):
         if name not in names:
             raise CheckpointError(f"the manifest of {checkpoint_id} does not list {name}; {_REPLACE}")
-    for owned in (path, *(path / name for name in names)):
-        if owned.stat().st_uid != os.getuid():
-            raise CheckpointError(f"{owned} does not belong to us, so it is not read; {_REPLACE}")
     return manifest
 
 
 def _older(path: Path) -> str:
     """The next older checkpoint that may be whole, for the operator's next try."""
     known = list_checkpoints(path.parent)
-    times = [info.time for info in known if info.id == path.name]
+    written = next((info.time for info in known if info.id == path.name), None)
+    if written is None:  # its manifest is damaged, which was the last thing to come into the directory
+        with contextlib.suppress(OSError):
+            written = path.stat().st_mtime
     older = [info for info in known if info.verified is not False and not info.abandoned and info.id != path.name]
-    older = [info for info in older if not times or info.time < times[0]]
+    older = [info for info in older if written is None or info.time < written]
     return f": the next older one is {older[-1].id} (step {older[-1].step})" if older else ""
+
+
+def _read_whole(path: Path, manifest: Manifest, ranks: Ranks, state: State, live: Captured) -> Loaded:
+    try:
+        return _read_rank(path, manifest, ranks, state, live)
+    except DamagedCheckpoint as error:  # it changed since it was verified
+        raise CheckpointError(f"{error}; {_REPLACE}{_older(path)}") from None
 
 
 def _read_rank(path: Path, manifest: Manifest, ranks: Ranks, state: State, live: Captured) -> Loaded:
@@ -138,7 +156,7 @@ def _read_rank(path: Path, manifest: Manifest, ranks: Ranks, state: State, live:
     name = rank_file(ranks.rank if same else 0)
     if all(file.name != name for file in manifest.files):
         raise CheckpointError(f"the manifest of {manifest.id} does not list {name}; {_REPLACE}")
-    content = torch.load(path / name, map_location="cpu", weights_only=True)
+    content = torch.load(io.BytesIO(read_vouched(path, manifest, name)), map_location="cpu", weights_only=True)
     if content["id"] != manifest.id:
         raise CheckpointError(f"{manifest.id}/{name} belongs to {content['id']}; {_REPLACE}")
     shared: dict[str, Node] = content["shared"]
@@ -147,16 +165,15 @@ def _read_rank(path: Path, manifest: Manifest, ranks: Ranks, state: State, live:
     if by_script is not (state.script is not None):
         written, wants = ("by the script's own save=", "load=") if by_script else ("by trainctl", "none of load=")
         raise CheckpointError(f"{manifest.id} was written {written}, so Run.attach needs {wants}: nothing was changed")
-    notes = _compare_parts(state, live, shared, own)
+    notes = compare_parts(state, live, shared, own)
     if not same:
-        notes.append(
-            f"written by {manifest.world_size} ranks and read by {ranks.world_size}: random numbers are not restored"
-        )
+        loader = decode(own["loader"], _no_reference) if "loader" in own else None
+        notes += not_exact(before=manifest.world_size, now=ranks.world_size, loader=loader)
     wanted = {name: node for name, node in shared.items() if name in live.nodes}
     reader = FileSystemReader(path)
-    metadata = reader.read_metadata()
+    metadata = read_index(path, manifest)
     tensors = _targets(wanted, metadata, state, live)
-    _compare_models(tensors, live)
+    compare_models(tensors, live)
     _read_tensors(reader, metadata, tensors)
     return Loaded(
         id=manifest.id,
@@ -175,7 +192,7 @@ def _read_rank(path: Path, manifest: Manifest, ranks: Ranks, state: State, live:
     )
 
 
-def _compare_parts(state: State, live: Captured, shared: dict[str, Node], own: dict[str, Node]) -> list[str]:
+def compare_parts(state: State, live: Captured, shared: dict[str, Node], own: dict[str, Node]) -> list[str]:
     """What is on one side only. Raises where training could not go on from it, else tells in words."""
     for what, count in (("model", len(state.models)), ("optimizer", len(state.optimizers))):
         saved = sum(name.startswith(f"{what}.") for name in shared)
@@ -234,7 +251,7 @@ def _parameter_of(name: str, state: State) -> torch.Tensor | None:
     return parameters[int(found[2])] if int(found[2]) < len(parameters) else None
 
 
-def _compare_models(saved: dict[str, torch.Tensor], live: Captured) -> None:
+def compare_models(saved: dict[str, torch.Tensor], live: Captured) -> None:
     """Committing may not fail half-way, so a model that differs is refused here."""
     names = {name for name in live.tensors if name.startswith("model.")}
     stored = {name for name in saved if name.startswith("model.")}

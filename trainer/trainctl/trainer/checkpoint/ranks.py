@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 
-from trainctl.trainer.checkpoint.errors import CheckpointError
+from trainctl.trainer.checkpoint.errors import CheckpointError, RanksLost, in_words
 
 T = TypeVar("T")
 
@@ -65,7 +65,7 @@ class Ranks:
         except CheckpointError as error:
             problem = str(error)
         except Exception as error:  # noqa: BLE001 - whatever it is, the other ranks wait for the word
-            problem = f"{what}: {type(error).__name__}: {error}"
+            problem = in_words(what, error)
         for rank, told in enumerate(self.gather(problem)):
             if told is not None:
                 raise CheckpointError(told if self.world_size == 1 else f"rank {rank}: {told}")
@@ -80,7 +80,7 @@ def _guarded(exchange: Callable[[], None]) -> None:
     try:
         exchange()
     except RuntimeError as error:
-        raise CheckpointError(
+        raise RanksLost(
             f"the ranks lost touch while agreeing on a checkpoint ({str(error).splitlines()[0]}): "
             "the last good checkpoint stands, and saving works again after a restart"
         ) from error

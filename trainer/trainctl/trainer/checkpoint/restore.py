@@ -36,9 +36,12 @@ def commit(state: State, loaded: Loaded, *, devices: Mapping[str, torch.device],
     def copied(name: str, _device: str) -> torch.Tensor:
         return moved(loaded.tensors[name], devices.get(name, torch.device("cpu")))
 
+    def given(name: str, _device: str) -> torch.Tensor:
+        return loaded.tensors[name].clone() if "_extra_state" in name else loaded.tensors[name]
+
     for index, model in enumerate(state.models):
-        # Module.load_state_dict copies into its parameters; it never keeps what it is given.
-        bare(model).load_state_dict(decode(loaded.shared[f"model.{index}"], lambda name, _device: loaded.tensors[name]))
+        # Module.load_state_dict copies into its parameters; it never keeps what it is given, except extra state.
+        bare(model).load_state_dict(decode(loaded.shared[f"model.{index}"], given))
     for index, optimizer in enumerate(state.optimizers):
         node = loaded.shared[f"optimizer.{index}"]
         if _keeps_its_state_itself(optimizer):

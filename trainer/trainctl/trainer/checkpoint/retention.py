@@ -11,7 +11,7 @@ from typing import Literal
 from trainctl.trainer.checkpoint.errors import CheckpointError
 from trainctl.wire.manifest import list_checkpoints, ranked
 from trainctl.wire.messages import BestBy, CheckpointInfo, Trouble
-from trainctl.wire.removal import last_good, remove, verify_last_good
+from trainctl.wire.removal import last_good, remove, remove_marks, verify_last_good
 
 KEEP_LAST = 5
 
@@ -142,10 +142,17 @@ def _removed(directory: Path, checkpoint_id: str) -> bool:
 
 
 def sweep(directory: Path) -> list[str]:
-    """Remove what a crash left: stage directories and half-deleted ones. The names that went."""
+    """Remove what a crash left: stage directories, half-deleted ones and half-written marks. The names that went."""
     left = [path for pattern in (".*.stage", ".*.gone") for path in directory.glob(pattern) if path.is_dir()]
+    marks = list(directory.glob(".*.checked.json.*.new"))
+    # A leftover that cannot be removed takes space and nothing else: listings never show it.
     for path in left:
-        # A leftover that cannot be removed takes space and nothing else: listings never show it.
+        checkpoint_id = path.name.removeprefix(".").removesuffix(".gone")
         with contextlib.suppress(OSError):
+            if path.suffix == ".gone" and not (directory / checkpoint_id).exists():
+                remove_marks(directory, checkpoint_id)
             shutil.rmtree(path)
-    return [path.name for path in left]
+    for path in marks:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return [path.name for path in (*left, *marks)]

@@ -19,20 +19,22 @@ from typing import Any
 
 import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.planner import SavePlan
 
+from trainctl.trainer.checkpoint.background import Background, Pace
 from trainctl.trainer.checkpoint.errors import CheckpointError
+from trainctl.trainer.checkpoint.paced_files import PacedWriter
 from trainctl.trainer.checkpoint.ranks import Ranks
 from trainctl.trainer.checkpoint.script_files import ScriptFiles, let_save, vouch_for
 from trainctl.trainer.checkpoint.sharded import local_part
 from trainctl.trainer.checkpoint.tree import Node
-from trainctl.wire.manifest import Manifest, ManifestFile, hash_file, write_manifest
-from trainctl.wire.rundir import RunDir, fsync_dir
+from trainctl.wire.manifest import MANIFEST, Manifest, ManifestFile, hash_file, write_manifest
+from trainctl.wire.rundir import RunDir, fsync_dir, make_dir
 
 # The files' own headers and the manifest come on top of the tensors.
 _SPACE_FACTOR = 1.1
 _SPACE_EXTRA_BYTES = 1024 * 1024
+_STANDS = "the last good checkpoint stands"
 DCP_METADATA = ".metadata"
 
 
@@ -62,20 +64,30 @@ class Snapshot:
     shared: dict[str, Node] = field(default_factory=dict)
     own: dict[str, Node] = field(default_factory=dict)
     problem: str | None = None
+    time: float = field(default_factory=time.time)
     agreed: bool = False  # every rank has the same problem, and knows it
     staged: bool = False  # the script's own files are in the stage directory already
 
 
 class PendingSave:
-    """A save that runs in the background."""
+    """A save that runs in the background, or waits there for the one before it."""
 
-    def __init__(self, *, id: str, stall_s: float, write: Callable[[], int]) -> None:  # noqa: A002 - the field's word
+    def __init__(
+        self,
+        *,
+        id: str,  # noqa: A002 - the field's word
+        stall_s: float,
+        write: Callable[[], int],
+        background: Background,
+        pace: Pace,
+    ) -> None:
         self.id = id
         self.stall_s = stall_s
         self._write = write
+        self._pace = pace
         self._result: SaveResult | None = None
-        self._thread = threading.Thread(target=self._run, name=f"trainctl-save-{id}", daemon=True)
-        self._thread.start()
+        self._ended = threading.Event()
+        background.put(self._run)
 
     def done(self) -> bool:
         """Whether `result` would answer at once."""
@@ -83,7 +95,9 @@ class PendingSave:
 
     def result(self, timeout_s: float | None = None) -> SaveResult:
         """Wait for the end. Raises TimeoutError when it takes longer; the save goes on."""
-        self._thread.join(timeout_s)
+        if self._result is None:
+            with self._pace.hurried():
+                self._ended.wait(timeout_s)
         if self._result is None:
             raise TimeoutError(f"checkpoint {self.id} is still being written")
         return self._result
@@ -95,39 +109,62 @@ class PendingSave:
             size = self._write()
         except CheckpointError as error:
             problem = str(error)
-        except BaseException as error:  # noqa: BLE001 - the thread ends here, and the result must say so
+        except BaseException as error:  # noqa: BLE001 - the thread goes on to the next, and the result must say so
             problem = f"{type(error).__name__}: {error}"
         self._result = SaveResult(
             id=self.id, bytes=size, stall_s=self.stall_s, write_s=time.perf_counter() - started, error=problem
         )
+        self._ended.set()
 
 
-def write(directory: Path, snapshot: Snapshot, ranks: Ranks) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Taken:
+    """A state that every rank has copied: what it takes over all ranks, and which states all of them have in memory."""
+
+    bytes: int
+    in_memory: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Writing:
+    """How a rank writes. `held` names the states it has in memory; `taken` hears when every rank has copied one."""
+
+    pace: Pace
+    held: Callable[[], list[str]]
+    taken: Callable[[Taken], None]
+
+
+def write(directory: Path, snapshot: Snapshot, ranks: Ranks, writing: Writing) -> int:
     """Make the snapshot a checkpoint; its size in bytes. A collective. Raises CheckpointError, alike on all ranks."""
     stage = directory / f".{snapshot.id}.stage"
     if snapshot.agreed:
         raise CheckpointError(str(snapshot.problem))
     try:
-        needed = _needed(snapshot, ranks)
+        taken = _taken(snapshot, ranks, writing.held())
+        writing.taken(taken)
+        theirs: list[ManifestFile] = []
         if snapshot.staged:
-            theirs = ranks.gather(vouch_for(stage, ranks))
+            theirs = vouch_for(stage, ranks, writing.pace)
         else:
-            ranks.on_first("the checkpoint cannot be begun", lambda: _open_stage(directory, stage, snapshot.id, needed))
-            theirs = []
-        files = [*(file for share in theirs for file in share), *_write_files(stage, snapshot, ranks)]
+            ranks.on_first(
+                "the checkpoint cannot be begun", lambda: _open_stage(directory, stage, snapshot.id, taken.bytes)
+            )
+        files = [*theirs, *_write_files(stage, snapshot, ranks, writing.pace)]
         ranks.on_first("the checkpoint cannot be completed", lambda: _commit(directory, stage, snapshot, ranks, files))
-    except CheckpointError:
+    except CheckpointError as error:
         if ranks.first:
             # What cannot be removed now is swept at the next start; it never looks like a checkpoint.
             shutil.rmtree(stage, ignore_errors=True)
-        raise
+        told = str(error)
+        raise CheckpointError(told if _STANDS in told else f"{told}; training goes on and {_STANDS}") from None
     return sum(file.bytes for file in files)
 
 
 def stage_script(directory: Path, checkpoint_id: str, files: ScriptFiles, ranks: Ranks) -> None:
     """Open the stage directory and have the script write into it. A collective for the training thread.
 
-    Raises CheckpointError, alike on all ranks; then nothing of it is left.
+    No save may be running in the background: it uses the same group. Raises CheckpointError, alike on all ranks; then
+    nothing of it is left.
     """
     stage = directory / f".{checkpoint_id}.stage"
     try:
@@ -139,7 +176,7 @@ def stage_script(directory: Path, checkpoint_id: str, files: ScriptFiles, ranks:
         raise
 
 
-def _needed(snapshot: Snapshot, ranks: Ranks) -> int:
+def _taken(snapshot: Snapshot, ranks: Ranks, held: list[str]) -> Taken:
     ranks.together("the state cannot be taken", lambda: _refuse(snapshot.problem))
     plain = sharded = 0
     for tensor in snapshot.tensors.values():
@@ -149,8 +186,11 @@ def _needed(snapshot: Snapshot, ranks: Ranks) -> int:
             plain += size
         else:
             sharded += size
-    sizes = ranks.gather((plain, sharded))
-    return max(size[0] for size in sizes) + sum(size[1] for size in sizes)
+    told = ranks.gather((plain, sharded, held))
+    return Taken(
+        bytes=max(size for size, _, _ in told) + sum(size for _, size, _ in told),
+        in_memory=[name for name in told[0][2] if all(name in names for _, _, names in told)],
+    )
 
 
 def _refuse(problem: str | None) -> None:
@@ -159,7 +199,7 @@ def _refuse(problem: str | None) -> None:
 
 
 def _open_stage(directory: Path, stage: Path, checkpoint_id: str, needed: int) -> None:
-    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_dir(directory)
     if (directory / checkpoint_id).exists():
         raise CheckpointError(f"checkpoint {checkpoint_id} exists already: it is kept, nothing was written")
     free = shutil.disk_usage(directory).free
@@ -167,20 +207,21 @@ def _open_stage(directory: Path, stage: Path, checkpoint_id: str, needed: int) -
     if free < wanted:
         raise CheckpointError(
             f"{directory} has {free / 1e6:.0f} MB free and the checkpoint needs {wanted / 1e6:.0f} MB: "
-            "free some space; training goes on and the last good checkpoint stands"
+            f"free some space; training goes on and {_STANDS}"
         )
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(stage)
     stage.mkdir(mode=0o700)
 
 
-def _write_files(stage: Path, snapshot: Snapshot, ranks: Ranks) -> list[ManifestFile]:
+def _write_files(stage: Path, snapshot: Snapshot, ranks: Ranks, pace: Pace) -> list[ManifestFile]:
     """Write and sync all files; on every rank the list of all of them."""
     # Not dcp.save: it warns about a single rank, and its failures are a BaseException that other ranks wait on.
     planner = DefaultSavePlanner(
         flatten_state_dict=False, flatten_sharded_tensors=False, dedup_save_to_lowest_rank=True
     )
-    writer = FileSystemWriter(stage, thread_count=1, sync_files=True)
+    # Not synced by torch, which does it before it flushes (pytorch 2.13): `_sync_own` does.
+    writer = PacedWriter(stage, pace)
 
     def local_plan() -> SavePlan:
         planner.set_up_planner(snapshot.tensors, writer.storage_meta(), ranks.first)
@@ -201,7 +242,7 @@ def _write_files(stage: Path, snapshot: Snapshot, ranks: Ranks) -> list[Manifest
     ranks.on_first(
         "the checkpoint's index cannot be written", lambda: writer.finish(agreed[1], results) if agreed else None
     )
-    mine = ranks.together("the checkpoint cannot be hashed", lambda: _hash_own(stage, ranks))
+    mine = ranks.together(f"writing to {stage.parent} failed", lambda: _sync_own(stage, ranks, writer.files.hashed))
     return [file for files in ranks.gather(mine) for file in files]
 
 
@@ -220,19 +261,22 @@ def _write_rank(stage: Path, snapshot: Snapshot, ranks: Ranks) -> None:
     }
     with (stage / rank_file(ranks.rank)).open("xb") as file:
         torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
-def _hash_own(stage: Path, ranks: Ranks) -> list[ManifestFile]:
-    """Size and hash of the files that this rank wrote, read back from the file system."""
+def _sync_own(stage: Path, ranks: Ranks, hashed: dict[str, tuple[int, str]]) -> list[ManifestFile]:
+    """Sync the files that this rank wrote; size and hash of the large ones as written, of the others read back.
+
+    What the file system makes of it is judged by whoever verifies: reading back here would only ask the page cache.
+    """
     names = [path.name for path in stage.glob(f"__{ranks.rank}_*.distcp")]
     names.append(rank_file(ranks.rank))
     if ranks.first:
         names.append(DCP_METADATA)
     found = []
     for name in sorted(names):
-        size, digest = hash_file(stage / name)
+        with (stage / name).open("rb") as file:
+            os.fsync(file.fileno())
+        size, digest = hashed.get(name) or hash_file(stage / name)
         found.append(ManifestFile(name=name, bytes=size, sha256=digest))
     return found
 
@@ -253,5 +297,12 @@ def _commit(directory: Path, stage: Path, snapshot: Snapshot, ranks: Ranks, file
     )
     write_manifest(stage, manifest)
     fsync_dir(stage)
-    stage.rename(directory / snapshot.id)
-    fsync_dir(directory)
+    final = directory / snapshot.id
+    stage.rename(final)
+    try:
+        fsync_dir(directory)
+    except OSError:
+        # Nobody knows whether the name would survive a power cut, so it is not called good: the manifest goes first.
+        (final / MANIFEST).unlink()
+        final.rename(stage)
+        raise

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+from trainctl.trainer.checkpoint.background import Pace
 from trainctl.trainer.checkpoint.errors import CheckpointError
 from trainctl.trainer.checkpoint.ranks import Ranks
 from trainctl.wire.manifest import Manifest, ManifestFile, hash_file
@@ -58,24 +59,30 @@ def let_save(files: ScriptFiles, stage: Path, ranks: Ranks) -> None:
     ranks.together("the script's save= failed", lambda: files.save(directory))
 
 
-def vouch_for(stage: Path, ranks: Ranks) -> list[ManifestFile]:
-    """Sync and hash this rank's share of what was written. A collective; raises CheckpointError, alike on all ranks."""
+def vouch_for(stage: Path, ranks: Ranks, pace: Pace) -> list[ManifestFile]:
+    """Sync and hash what was written, each rank its share; on every rank the list of all.
+
+    A collective; raises CheckpointError, alike on all ranks.
+    """
     names = ranks.gather(ranks.on_first("the script's files cannot be listed", lambda: _written(stage)))[0] or []
-    return ranks.together(
+    mine = ranks.together(
         "the script's files cannot be synced",
-        lambda: [_synced(stage, name) for name in names[ranks.rank :: ranks.world_size]],
+        lambda: [_synced(stage, name, pace) for name in names[ranks.rank :: ranks.world_size]],
     )
+    return [file for share in ranks.gather(mine) for file in share]
 
 
 def _written(stage: Path) -> list[str]:
     """The names of all files, relative to the stage. Directories are synced, so that the names in them stay."""
     found: list[str] = []
-    for folder, _folders, names in os.walk(stage / FOLDER, onerror=_raise):
-        for name in names:
+    for folder, folders, names in os.walk(stage / FOLDER, onerror=_raise):
+        for name in [*folders, *names]:
             path = Path(folder) / name
-            if not stat.S_ISREG(path.lstat().st_mode):
+            mode = path.lstat().st_mode
+            if stat.S_ISREG(mode):
+                found.append(str(path.relative_to(stage)))
+            elif not stat.S_ISDIR(mode):  # a link to a directory too: os.walk does not follow it
                 raise CheckpointError(f"the script's save= made {path.relative_to(stage)}, which is no regular file")
-            found.append(str(path.relative_to(stage)))
         fsync_dir(Path(folder))
     if not found:
         raise CheckpointError("the script's save= wrote no file into the directory that it was given")
@@ -86,11 +93,11 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _synced(stage: Path, name: str) -> ManifestFile:
+def _synced(stage: Path, name: str, pace: Pace) -> ManifestFile:
     handle = os.open(stage / name, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-    size, digest = hash_file(stage / name)
+    size, digest = hash_file(stage / name, lambda _bytes: pace.rest())
     return ManifestFile(name=name, bytes=size, sha256=digest)

@@ -4,6 +4,8 @@ Touching fresh memory for the first time costs about twenty times the copy itsel
 Tensors share slabs: pinning thousands of small ones would cost more than copying them.
 """
 
+import contextlib
+import mmap
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -15,62 +17,95 @@ from trainctl.trainer.checkpoint.sharded import local_part, twin
 SLAB_BYTES = 256 * 1024 * 1024
 _ALIGN = 64
 
-_Layout: TypeAlias = list[tuple[str, torch.Size, torch.dtype]]
+Layout: TypeAlias = list[tuple[str, torch.Size, torch.dtype]]
 
 
-class Stager:
-    """Copies tensors to the host. One user at a time: what `stage` gave is overwritten by the next call."""
+class Buffers:
+    """Host memory for one state of `layout`. Making it is slow: keep that off the training thread.
 
-    def __init__(self) -> None:
-        self._layout: _Layout = []
-        self._buffers: list[torch.Tensor] = []
+    `bytes` is what it takes. Raises MemoryError, OSError or RuntimeError where there is no memory to be had.
+    """
 
-    def prepare(self, layout: _Layout, *, pinned: bool) -> None:
-        """Allocate and touch the buffers for `layout`, unless they are there. Slow: keep it off the training thread."""
-        if layout == self._layout:
-            return
-        self._layout, self._buffers = [], []  # free first: two sets may not fit
-        self._buffers = _allocate(layout, pinned=pinned)
-        self._layout = layout
+    def __init__(self, layout: Layout, *, pinned: bool) -> None:
+        self.layout = layout
+        self.pinned = pinned
+        places, slabs = _places(layout)
+        self.bytes = _taken(slabs, pinned=pinned)
+        memory = [_pinned(size) if pinned else _pages(size) for size in slabs]
+        self._parts = [
+            _part(memory[slab], start, dtype, shape)
+            for (slab, start), (_name, shape, dtype) in zip(places, layout, strict=True)
+        ]
 
     def stage(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Copies of `tensors` in host memory, sharded ones as their local part; the device is waited for once."""
+        """Copies of `tensors`, which have this layout; sharded ones as their local part, a device is waited for once.
+
+        What the call before gave is overwritten.
+        """
         parts = [local_part(tensor) for tensor in tensors.values()]
         on_cuda = any(part.is_cuda for part in parts)
-        self.prepare(layout_of(tensors), pinned=on_cuda)
         with torch.no_grad():
-            for buffer, part in zip(self._buffers, parts, strict=True):
+            for buffer, part in zip(self._parts, parts, strict=True):
                 buffer.copy_(part, non_blocking=on_cuda)
         if on_cuda:
             torch.cuda.current_stream().synchronize()
-        return {
-            name: twin(tensor, buffer) for (name, tensor), buffer in zip(tensors.items(), self._buffers, strict=True)
-        }
+        return {name: twin(tensor, part) for (name, tensor), part in zip(tensors.items(), self._parts, strict=True)}
 
 
-def layout_of(tensors: Mapping[str, torch.Tensor]) -> _Layout:
+def layout_of(tensors: Mapping[str, torch.Tensor]) -> Layout:
     """Name, local shape and dtype of every tensor, in order."""
     return [(name, local_part(tensor).shape, tensor.dtype) for name, tensor in tensors.items()]
 
 
-def bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:
-    """What the local parts take in memory."""
-    return sum(local_part(tensor).numel() * tensor.element_size() for tensor in tensors.values())
+def on_device(tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether any of them lies on a CUDA device, which pinned memory is copied from three times as fast."""
+    return any(tensor.is_cuda for tensor in tensors.values())
 
 
-def _allocate(layout: _Layout, *, pinned: bool) -> list[torch.Tensor]:
-    sizes = [shape.numel() * dtype.itemsize for _name, shape, dtype in layout]
+def bytes_for(layout: Layout, *, pinned: bool) -> int:
+    """What `Buffers` of that layout would take."""
+    return _taken(_places(layout)[1], pinned=pinned)
+
+
+def _places(layout: Layout) -> tuple[list[tuple[int, int]], list[int]]:
+    """Slab and offset of every tensor, and the sizes of the slabs."""
     slabs: list[int] = []
     places: list[tuple[int, int]] = []
-    for size in sizes:
-        room = -(-size // _ALIGN) * _ALIGN
+    for _name, shape, dtype in layout:
+        room = -(-shape.numel() * dtype.itemsize // _ALIGN) * _ALIGN
         if not slabs or slabs[-1] + room > SLAB_BYTES:
             slabs.append(0)
         places.append((len(slabs) - 1, slabs[-1]))
         slabs[-1] += room
-    # fill_ and not zeros: fresh zero pages are only promised, and the first copy would pay for them.
-    memory = [torch.empty(size, dtype=torch.uint8, pin_memory=pinned).fill_(0) for size in slabs]
-    return [
-        memory[slab][start : start + size].view(dtype).view(shape)
-        for (slab, start), size, (_name, shape, dtype) in zip(places, sizes, layout, strict=True)
-    ]
+    return places, slabs
+
+
+def _taken(slabs: list[int], *, pinned: bool) -> int:
+    if pinned:
+        return sum(1 << (size - 1).bit_length() for size in slabs if size)
+    return sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in slabs)
+
+
+def _pinned(size: int) -> torch.Tensor:
+    return torch.empty(size, dtype=torch.uint8, pin_memory=True).fill_(0)
+
+
+def _pages(size: int) -> torch.Tensor:
+    """Pages of our own, in huge ones where the kernel gives them, which are touched and copied into faster.
+
+    Not MADV_DONTFORK: a forked worker that frees its copy of this object would unmap what it has there instead.
+    """
+    if not size:
+        return torch.empty(0, dtype=torch.uint8)
+    pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    # fill_, because fresh pages are only promised, and the first copy would pay for them.
+    return torch.frombuffer(pages, dtype=torch.uint8).fill_(0)
+
+
+def _part(slab: torch.Tensor, start: int, dtype: torch.dtype, shape: torch.Size) -> torch.Tensor:
+    """A tensor with a storage of its own that is just as large: one that is a view of a slab is copied when written."""
+    if not shape.numel():
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(slab.numpy(), dtype=dtype, count=shape.numel(), offset=start).view(shape)

@@ -1,0 +1,305 @@
+"""The memory tier: states that stay in the buffers they were staged into, within a budget."""
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, State, checkpointer
+from trainctl.trainer.checkpoint.budget import SHARE, free_bytes, shared_budget
+from trainctl.trainer.checkpoint.memory_tier import MemoryTier, Slot
+from trainctl.trainer.checkpoint.save import Snapshot
+from trainctl.trainer.checkpoint.stage import bytes_for, layout_of
+from trainctl.wire.manifest import list_checkpoints
+from trainctl.wire.messages import BestBy
+from trainctl.wire.removal import remove
+
+METRICS = {"val_loss": 2.0, "accuracy": 0.5, "grad_norm": 1.0}
+
+
+class Training:
+    """A model whose every tensor moves with each step."""
+
+    def __init__(self, directory: Path, **memory: Any) -> None:
+        torch.manual_seed(0)
+        self.model = nn.Linear(32, 32)
+        self.optimizer = torch.optim.AdamW(self.model.parameters())
+        self.value: Any = torch.zeros(3)
+        self.checkpointer = Checkpointer(
+            directory=directory,
+            run_id="test",
+            rank=0,
+            world_size=1,
+            group=None,
+            state=State(
+                models=[self.model],
+                optimizers=[self.optimizer],
+                tracked={"value": Accessor(get=lambda: self.value, set=self._set)},
+            ),
+            **memory,
+        )
+
+    def _set(self, value: Any) -> None:
+        self.value = value
+
+    def step(self) -> None:
+        self.model(torch.randn(2, 32)).sum().backward()
+        self.optimizer.step()
+        self.value += 1
+
+    def save(self, name: str, *, may_leave_out: bool = False) -> Any:
+        return self.checkpointer.begin_save(
+            id=name, step=1, incarnation=1, attempt=1, metrics=METRICS, may_leave_out=may_leave_out
+        )
+
+    def bits(self) -> list[torch.Tensor]:
+        moments = [value for entry in self.optimizer.state.values() for value in entry.values()]
+        return [tensor.detach().clone() for tensor in (*self.model.parameters(), *moments, self.value)]
+
+    def restore(self, name: str) -> bool:
+        """Whether it was from memory."""
+        loaded = self.checkpointer.load(name)
+        self.checkpointer.commit(loaded)
+        loaded.restore_rng()
+        return loaded.from_memory
+
+    @property
+    def held(self) -> list[str]:
+        return [info.id for info in self.checkpointer.in_memory]
+
+
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(left, right) for left, right in zip(one, other, strict=True))
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """While it is closed, no write gets anywhere: a disk that hangs."""
+    opened, write = threading.Event(), checkpointer.write
+
+    def held(*arguments: Any) -> int:
+        opened.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(checkpointer, "write", held)
+    yield opened
+    opened.set()
+
+
+def test_a_state_in_memory_survives_its_rollback_the_steps_after_it_and_can_be_rolled_back_to_again(
+    tmp_path: Path,
+) -> None:
+    training = Training(tmp_path)
+    training.step()
+    assert training.save("a").result(30).error is None
+    saved = training.bits()
+    remove(tmp_path, "a")
+    training.step()
+    trained = training.bits()
+    for _ in range(3):
+        assert training.restore("a"), "there is no file that it could be read from"
+        assert same(training.bits(), saved)
+        training.step()
+        assert not same(training.bits(), saved)
+        assert len(trained) == len(saved)
+
+
+def test_of_a_state_in_memory_the_metrics_are_told_by_which_the_best_is_found(tmp_path: Path) -> None:
+    training = Training(tmp_path, best_by=BestBy(metric="accuracy", mode="max"))
+    assert training.save("a").result(30).error is None
+    assert [info.metrics for info in training.checkpointer.in_memory] == [{"val_loss": 2.0, "accuracy": 0.5}]
+
+
+def test_what_a_model_keeps_of_the_state_it_is_given_is_a_copy(tmp_path: Path) -> None:
+    class Keeping(nn.Linear):
+        def get_extra_state(self) -> Any:
+            return getattr(self, "kept", torch.zeros(2))
+
+        def set_extra_state(self, state: Any) -> None:
+            self.kept = state
+
+    training = Training(tmp_path)
+    training.model = training.checkpointer.state.models[0] = Keeping(32, 32)  # type: ignore[index]
+    assert training.save("a").result(30).error is None
+    for _ in range(2):
+        training.restore("a")
+        assert training.model.kept.tolist() == [0, 0]  # type: ignore[union-attr, operator]
+        training.model.kept += 1  # type: ignore[operator]
+
+
+def test_the_newest_states_stay_and_the_oldest_gives_its_room_to_the_next(tmp_path: Path) -> None:
+    training = Training(tmp_path, memory_checkpoints=2)
+    training.step()
+    for name in "abc":
+        assert training.save(name).result(30).error is None
+        training.checkpointer.drain()
+    assert training.held == ["b", "c"]
+    assert not training.restore("a"), "from disk"
+    assert training.restore("b")
+
+
+def test_with_no_states_to_keep_there_is_one_buffer_and_everything_is_read_from_disk(tmp_path: Path) -> None:
+    training = Training(tmp_path, memory_checkpoints=0)
+    sizes = set()
+    for name in "ab":
+        assert training.save(name).result(30).error is None
+        training.checkpointer.drain()
+        sizes.add(training.checkpointer.memory_bytes)
+    assert len(sizes) == 1
+    assert training.held == []
+    assert not training.restore("b")
+
+
+def test_a_state_whose_files_could_not_be_written_is_in_memory_only_and_can_be_rolled_back_to(tmp_path: Path) -> None:
+    training = Training(tmp_path / "checkpoints")
+    (tmp_path / "checkpoints").write_text("in the way")
+    assert "cannot be begun" in training.save("a").result(30).error
+    saved = training.bits()
+    training.step()
+    assert training.held == ["a"]
+    assert training.restore("a")
+    assert same([training.model.weight.detach()], [saved[0]])
+
+
+def test_a_loaded_state_that_a_later_save_overwrote_is_not_committed(tmp_path: Path) -> None:
+    training = Training(tmp_path, memory_checkpoints=1)
+    training.step()
+    training.save("a").result(30)
+    loaded = training.checkpointer.load("a")
+    training.step()
+    training.save("b").result(30)
+    before = training.bits()
+    with pytest.raises(CheckpointError, match="overwritten in memory"):
+        training.checkpointer.commit(loaded)
+    assert same(training.bits(), before)
+
+
+def test_another_model_in_the_place_of_the_saved_one_is_refused_from_memory_too(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.save("a").result(30)
+    training.checkpointer.state.models[0] = nn.Linear(16, 16)  # type: ignore[index]
+    with pytest.raises(CheckpointError, match="of another model"):
+        training.checkpointer.load("a")
+
+
+def test_saves_wait_for_one_another_in_the_background_and_training_does_not(
+    tmp_path: Path, gate: threading.Event
+) -> None:
+    training = Training(tmp_path, memory_checkpoints=2)
+    training.step()
+    training.checkpointer.warm()
+    gate.set()
+    assert training.save("a").result(30).error is None
+    training.checkpointer.drain()  # by now there is a second buffer
+    gate.clear()
+    first = training.save("b")
+    at_b = training.bits()
+    training.step()
+    second = training.save("c")  # returns, although b is held up
+    left_out = training.save("d", may_leave_out=True)
+    assert not any(save.done() for save in (first, second, left_out))
+    assert training.checkpointer.full
+    gate.set()
+    assert (first.result(30).error, second.result(30).error) == (None, None)
+    assert str(left_out.result(30).error).startswith("left out: the one before it is still being written")
+    assert [info.id for info in list_checkpoints(tmp_path)] == ["a", "b", "c"], "in the order in which they began"
+    assert not training.checkpointer.full
+    training.checkpointer.drain()
+    training.restore("b")
+    assert same(training.bits(), at_b), "c was not staged over it"
+
+
+def test_without_a_buffer_to_spare_a_save_that_was_asked_for_waits_and_loses_nothing(
+    tmp_path: Path, gate: threading.Event
+) -> None:
+    training = Training(tmp_path, memory_checkpoints=0)
+    first = training.save("a")
+    threading.Timer(0.05, gate.set).start()
+    second = training.save("b")
+    assert first.done(), "b had to wait for the buffer"
+    assert (first.result(30).error, second.result(30).error) == (None, None)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+def test_torchs_own_reader_reads_what_was_written(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.step()
+    assert training.save("a").result(30).error is None
+    wanted = {f"model.0.{name}": tensor for name, tensor in training.model.state_dict().items()}
+    target = {name: torch.empty_like(tensor) for name, tensor in wanted.items()}
+    dcp.load(target, checkpoint_id=tmp_path / "a", no_dist=True)
+    assert all(torch.equal(target[name], wanted[name]) for name in wanted)
+
+
+def test_the_default_budget_is_a_share_of_what_is_free_and_is_divided_by_the_nodes_ranks(tmp_path: Path) -> None:
+    meminfo, membership = tmp_path / "meminfo", tmp_path / "cgroup"
+    meminfo.write_text("MemTotal: 1000 kB\nMemFree: 10 kB\nMemAvailable: 800 kB\n")
+    membership.write_text("")
+    assert free_bytes(meminfo, membership) == 800 * 1024
+    assert free_bytes(tmp_path / "gone", membership) == 0
+    assert free_bytes() > 0
+    budget = shared_budget(4, lambda: 4000)
+    assert budget(0) == SHARE * 1000
+    assert budget(600) == SHARE * 1600, "what is held already is not free any more"
+
+
+LAYOUTS = [layout_of({"x": torch.empty(size)}) for size in (1, 3000, 20000)]
+
+
+def fill(slot: Slot, name: str, number: int) -> None:
+    ((key, shape, dtype),) = slot.buffers.layout
+    tensors = slot.buffers.stage({key: torch.full(shape, float(number), dtype=dtype)})
+    slot.state = Snapshot(id=name, run_id="r", step=1, incarnation=1, attempt=1, metrics={}, note=None, tensors=tensors)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    keep=st.integers(0, 4),
+    budget=st.integers(0, 300_000),
+    moves=st.lists(st.tuples(st.sampled_from(["save", "end", "fail", "grow"]), st.integers(0, 2)), max_size=40),
+)
+def test_whatever_happens_the_budget_holds_and_every_state_is_what_was_put_in(
+    keep: int, budget: int, moves: list[tuple[str, int]]
+) -> None:
+    tier = MemoryTier(keep=keep, budget=lambda _held: budget)
+    writing: list[Slot] = []
+    values: dict[str, int] = {}
+    largest = 0
+    for number, (move, which) in enumerate(moves):
+        layout = LAYOUTS[which]
+        if move == "save":
+            slot = tier.claim(layout, pinned=False)
+            if slot is None:
+                assert writing, "only what is being written is in the way"
+                continue
+            largest = max(largest, slot.buffers.bytes)
+            assert slot.buffers.bytes == bytes_for(layout, pinned=False)
+            assert slot not in writing
+            fill(slot, f"s{number}", number)
+            values[f"s{number}"] = number
+            writing.append(slot)
+        elif move == "grow":
+            before = tier.ids
+            tier.grow(layout, pinned=False)
+            largest = max(largest, bytes_for(layout, pinned=False) if not before else 0)
+            assert tier.ids == before, "no state is thrown away for it"
+        elif writing:
+            tier.release(writing.pop(0), keep=move == "end")
+        assert tier.held_bytes <= max(budget, largest)
+        assert len(tier.ids) <= max(1, keep)
+        for name in tier.ids:
+            slot = tier.find(name)
+            assert slot is not None
+            assert slot.state is not None
+            (tensor,) = slot.state.tensors.values()
+            assert torch.all(tensor == values[name])
+    for slot in writing:
+        tier.release(slot, keep=True)
+    assert keep or not tier.ids

@@ -1,0 +1,201 @@
+"""The machine will be taken away: whichever rank learns of it, rank 0 proposes one checkpoint and a stop for all.
+
+A rank learns of it by a file that `trainctl run` of its node writes, or by a signal of its own (srun without torchrun).
+It tells rank 0 by a key of the job's store, so that all this works while the hub is down. Rank 0 sends the command to
+its own leader, in the name of `preemption`, until it is applied.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+from trainctl.trainer.control import Control
+from trainctl.trainer.core import Core
+from trainctl.trainer.leader import Leader
+from trainctl.trainer.meeting import Connection, StoreSilent
+from trainctl.wire.commands import FINAL_COMMAND_STATES, Command, Stop
+from trainctl.wire.messages import CommandUpdate, Event, LinkCommand
+from trainctl.wire.preemption import (
+    ACTOR,
+    FILE_VARIABLE,
+    SIGNAL_VARIABLE,
+    Heard,
+    Left,
+    beside,
+    read_warned,
+    record_preempted,
+    signal_number,
+    write_note,
+)
+
+log = logging.getLogger(__name__)
+
+_KEY = "w"
+_LOOK_S = 0.5
+_AGAIN_S = 1.0
+_TRIES = 10
+
+
+class Signalled:
+    """A signal handler that only notes that it was called: nothing else is safe in the middle of anything."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        self.name = signal.Signals(number).name
+
+
+def listen(given: str | None) -> Signalled | None:
+    """Take the configured signal, where the script has no handler of its own; None where nothing is taken.
+
+    `given` is `Run.attach(preempt_signal=)`, else TRAINCTL_PREEMPT_SIGNAL counts. Raises ValueError for no signal.
+    """
+    number = signal_number(os.environ.get(SIGNAL_VARIABLE, "") if given is None else given)
+    if number is None:
+        return None
+    name = signal.Signals(number).name
+    if threading.current_thread() is not threading.main_thread():
+        log.warning("trainctl: %s is not listened to: Run.attach was not called by the main thread", name)
+        return None
+    before = signal.getsignal(number)
+    if before is signal.SIG_IGN and FILE_VARIABLE in os.environ:
+        return None  # `trainctl run` hears it for us
+    if before is not signal.SIG_DFL and not isinstance(before, Signalled):
+        log.warning("trainctl: %s is not listened to: the script has its own way with it", name)
+        return None
+    heard = Signalled()
+    signal.signal(number, heard)
+    signal.siginterrupt(number, False)  # libraries in the middle of a system call need not know of it
+    return heard
+
+
+class Preemption:
+    """One rank's part; for its sender thread, except `left`, which is for the training thread."""
+
+    def __init__(
+        self,
+        core: Core,
+        *,
+        control: Control | None,
+        reading: Connection | None,
+        leader: Leader | None,
+        signalled: Signalled | None,
+    ) -> None:
+        self._core = core
+        self._control = control
+        self._reading = reading
+        self._leader = leader
+        self._signalled = signalled
+        path = os.environ.get(FILE_VARIABLE)
+        self._file = Path(path) if path and core.place.local_rank == 0 else None
+        self._reason: str | None = None
+        self._passed_on = False
+        self._silent = False
+        self._next_look = 0.0
+        self._tries = 0
+        self._open: str | None = None  # the command that was proposed and has no outcome yet
+        self._try_at = 0.0
+
+    def tick(self, now: float) -> None:
+        """Look for a warning, and see to it that something comes of it; `now` is monotonic."""
+        if self._reason is None:
+            self._reason = self._warning()
+        if self._reason is None and self._leader is not None and now >= self._next_look:
+            self._next_look = now + _LOOK_S
+            self._reason = self._of_another_rank()
+        if self._reason is None:
+            return
+        if self._leader is not None:
+            self._propose(now)
+        elif not self._passed_on:
+            self._pass_on()
+
+    def hear(self, event: Event) -> None:
+        """An event of rank 0 goes out: it may be the outcome of our own command."""
+        if isinstance(event, CommandUpdate) and event.id == self._open and event.state in FINAL_COMMAND_STATES:
+            self._open = None
+            if event.state == "unknown":
+                self._silent = True
+
+    def left(self, reason: str) -> None:
+        """The loop was left because of a warning, and what was to be saved is saved or is not: `reason` says it."""
+        core = self._core
+        step = core.boundary.completed
+        with contextlib.suppress(OSError):  # then `trainctl run` ends with 1 and not 75, and the checkpoint stands
+            if self._file is not None:
+                write_note(beside(self._file, "left"), Left(step=step, reason=reason))
+        if core.place.leads and core.identity.problem is None:
+            with contextlib.suppress(OSError):
+                record_preempted(core.identity.directory, attempt=core.identity.attempt, step=step, reason=reason)
+
+    def _warning(self) -> str | None:
+        if self._signalled is not None and (name := self._signalled.name) is not None:
+            return f"{name} on {self._core.place.node}"
+        if self._file is None or (warned := read_warned(self._file)) is None:
+            return None
+        problem = self._problem()
+        with contextlib.suppress(OSError):  # then `trainctl run` waits a while for a word, and goes on without
+            write_note(beside(self._file, "heard"), Heard(problem=problem))
+        return warned.reason
+
+    def _problem(self) -> str | None:
+        able = self._core.capabilities.get("stop", True)
+        return None if able is True else str(able)
+
+    def _pass_on(self) -> None:
+        if self._control is None:
+            self._passed_on = True
+            return
+        try:
+            self._control.put(_KEY, str(self._reason).encode())
+        except StoreSilent:
+            log.warning("trainctl: a warning (%s) cannot be passed on: the job's store does not answer", self._reason)
+        self._passed_on = True
+
+    def _of_another_rank(self) -> str | None:
+        if self._reading is None or self._silent:
+            return None
+        try:
+            if not self._reading.has([_KEY]):
+                return None
+            (found,) = self._reading.get_all([_KEY])
+        except StoreSilent:
+            self._silent = True
+            return None
+        return found.decode(errors="replace") if found is not None else None
+
+    def _propose(self, now: float) -> None:
+        core = self._core
+        done = core.ending is not None or core.boundary.closed or self._open is not None
+        if done or self._silent or now < self._try_at or self._tries >= _TRIES:
+            return
+        if (problem := self._problem()) is not None:
+            self._tries = _TRIES
+            core.complain("preemption", f"{self._reason}: the run cannot be stopped at a boundary: {problem}")
+            return
+        self._tries += 1
+        self._try_at = now + _AGAIN_S
+        name = f"{ACTOR}-{core.identity.attempt}" + (f".{self._tries}" if self._tries > 1 else "")
+        log.warning("trainctl: %s: one checkpoint, then the run stops", self._reason)
+        self._open = name
+        assert self._leader is not None
+        command = Command(id=name, action=Stop(preempted=self._reason))
+        self._leader.submit(LinkCommand(command=command, actor=ACTOR, accepted=time.time()))
+
+
+def farewell(core: Core) -> str:
+    """Why a preempted run ended, and where it can go on; once running saves are over."""
+    words = str(core.preempted)
+    if core.hold is not None:
+        words += f", while paused by {core.hold.by}: the next attempt is not paused"
+    save = core.newest_save
+    if save is None or not save.pending.done():
+        return f"{words}; no checkpoint was saved: {core.capabilities.get('checkpoint')}"
+    error = save.pending.result().error
+    return f"{words}; checkpoint {save.id}" if error is None else f"{words}; the checkpoint failed: {error}"
