@@ -11,7 +11,7 @@ import pytest
 from test_cli_commands import answer, error, invoke
 
 from client.scripted_hub import Script, hub, make_checkpoint, rows, write_journal
-from trainctl.cli.checkpoint_list import listing
+from trainctl.cli.checkpoint_list import listed, listing
 from trainctl.cli.progress import BytesProgress, bar_line
 from trainctl.client.model import RunModel
 from trainctl.store.audit import verify_audit
@@ -68,13 +68,27 @@ def test_the_list_shows_step_size_metrics_branch_and_where() -> None:
         assert listed["best_by"] == {"metric": "accuracy", "mode": "max"}
         assert [info["abandoned"] for info in listed["checkpoints"]] == [False, True]
         head, first, second = invoke("checkpoint", "ls").stdout.splitlines()
-        assert head.split() == ["ID", "STEP", "AGE", "SIZE", "METRICS", "BRANCH", "VERIFIED", "PINNED", "WHERE", "NOTE"]
+        assert head.split() == ["ID", "STEP", "AGE", "SIZE", "METRICS", "BRANCH", "WHERE", "VERIFIED", "PINNED", "NOTE"]
         assert "accuracy 0.9000, loss 2.000" in first
         assert "1 left behind" in second
         assert "left behind" not in first
         assert "disk" in first
         assert answer("rollback", "best", "--dry-run")["checkpoint"] == "step-10"
         assert answer("status")["checkpoints"]["best"] == "step-10"
+
+
+def test_the_list_says_whether_it_is_on_disk_in_memory_or_both() -> None:
+    at = {"time": 1.0, "bytes": 1, "incarnation": 1}
+    infos = [
+        CheckpointInfo(id="a", step=1, **at),
+        CheckpointInfo(id="b", step=2, in_memory=True, verified=True, **at),
+        CheckpointInfo(id="c", step=3, in_memory=True, where="memory", **at),
+    ]
+    _head, *lines = listing(Checkpoints(req=0, checkpoints=infos), RunModel()).splitlines()
+    places = [line.split("  1  ")[-1].strip() for line in lines]
+    assert [" ".join(place.split()) for place in places] == ["disk not yet", "disk + memory yes", "memory no files"]
+    assert [listed(info)["where"] for info in infos] == ["disk", "both", "memory"]
+    assert "in_memory" not in listed(infos[0])
 
 
 def test_lines_of_an_abandoned_branch_are_dim_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,9 +164,10 @@ async def _verify(
 ) -> tuple[str, list[Verified]]:
     async with opened(run, server_key) as session:
         found = (await session.checkpoints()).checkpoints
-        chosen = [picked(found, target, session.model) for target in targets] or found
+        on_disk = [info for info in found if info.where == "disk"]
+        chosen = [picked(found, target, session.model) for target in targets] or on_disk
         outcomes = []
-        for info in (info for info in chosen if info.where == "disk"):
+        for info in chosen:
             if quiet:
                 outcomes.append(await session.verify(info.id))
                 continue
