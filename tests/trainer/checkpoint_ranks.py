@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import trainctl.trainer.checkpoint.load as loading
 from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, State
+from trainctl.trainer.checkpoint.capture import bare
 from trainctl.wire.manifest import list_checkpoints
 
 directory, rank, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -84,12 +86,20 @@ def sharded() -> nn.Module:
     return model
 
 
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """All ranks' parts. A collective for a sharded one."""
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
 def exact(make: Callable[[], nn.Module], group: Any, name: str) -> None:
     """Roll back in process twice, then resume into a model and an optimizer that never took a step."""
     training = Training(make(), group, name=name)
     torch.manual_seed(100 + rank)
     training.run(2)
     assert training.save("two") is None
+    whole = {name: full(tensor) for name, tensor in bare(training.model).state_dict().items()}
+    if rank == 0:
+        torch.save(whole, directory / f"{name}-weights.pt")
     expected = training.run(3)
     for _ in range(2):
         assert training.restore("two") == ()

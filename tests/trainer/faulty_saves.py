@@ -26,7 +26,7 @@ from test_checkpoint_safety import Small
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from trainctl.trainer.checkpoint import Checkpointer, State, prune
+from trainctl.trainer.checkpoint import Checkpointer, Retention, State, prune
 from trainctl.wire.manifest import list_checkpoints
 from trainctl.wire.rundir import RunDir
 
@@ -54,7 +54,7 @@ def new_save_and_retention(training: Small) -> str | None:
     """What a run does again and again: a new checkpoint, then older ones go. The save's error."""
     error = training.save("c")
     if error is None:
-        prune(training.directory, keep_last=1)
+        prune(training.directory, Retention(last=1))
     return error
 
 
@@ -127,7 +127,7 @@ def record(directory: Path) -> None:
     for name in "abc":
         assert training.save(name) is None
         effects.note(f"saved {name}")
-    prune(training.directory, keep_last=1)
+    prune(training.directory, Retention(last=1))
     effects.note("pruned")
     effects.arm(None)
     say(effects=sum(1 for _ in read_record(directory / "record")))
@@ -168,7 +168,7 @@ def power_cuts(directory: Path, *, honest: bool) -> None:
             assert training.save("c") is None
             saved.touch()
             effects.note("saved c")
-            prune(training.directory, keep_last=1)
+            prune(training.directory, Retention(last=1))
             effects.note("pruned")
 
         child = forked(work)

@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, State
+from trainctl.trainer.checkpoint.export import export
 from trainctl.wire.manifest import list_checkpoints, verify
 
 WORKER = Path(__file__).with_name("checkpoint_ranks.py")
@@ -83,6 +86,22 @@ def test_one_process_reads_what_two_ranks_wrote(made_by_two: Path, name: str) ->
     before = torch.get_rng_state()
     loaded.restore_rng()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_what_two_ranks_wrote_is_exported_bit_for_bit(made_by_two: Path, name: str, tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    done = export(made_by_two / name / "two", file)
+    expected = torch.load(made_by_two / f"{name}-weights.pt", weights_only=True)
+    found = load_file(file)
+    assert found.keys() == expected.keys(), "named as the model's state_dict names them"
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype
+        assert torch.equal(found[key], tensor)
+    assert (done.tensors, done.bytes, done.skipped) == (len(expected), file.stat().st_size, [])
+    with safe_open(file, framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt", "run": "test", "step": "2", "id": "two", "incarnation": "1"}
 
 
 @pytest.mark.ranks

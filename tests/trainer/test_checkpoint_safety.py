@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import resource
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from trainctl.trainer.checkpoint import Checkpointer, CheckpointError, State, expired, prune, remove
-from trainctl.wire.manifest import MANIFEST, list_checkpoints, pin, read_manifest, remember_check, verify
-from trainctl.wire.messages import CheckpointInfo
+from trainctl.trainer.checkpoint import Checkpointer, CheckpointError, State
+from trainctl.wire.manifest import MANIFEST, list_checkpoints, pin, read_manifest, verify
+from trainctl.wire.removal import remove
 
 
 class Small:
@@ -202,45 +201,8 @@ def test_a_disk_without_room_is_noticed_before_anything_is_written(tmp_path: Pat
         subprocess.run(["umount", str(tmp_path / "small")], check=True, timeout=10)
 
 
-def info(number: int, **more: Any) -> CheckpointInfo:
-    return CheckpointInfo(id=f"c{number}", step=number, time=float(number), bytes=1, incarnation=1, **more)
-
-
-def test_retention_keeps_the_last_the_best_the_pinned_and_the_protected() -> None:
-    loss = {1: 0.5, 2: 0.1}
-    listed = [info(number, pinned=number == 3, metrics={"val_loss": loss.get(number, 0.9)}) for number in range(1, 11)]
-    assert expired(listed, keep_last=2, protected={"c5"}) == ["c1", "c4", "c6", "c7", "c8"]
-    assert expired(listed[:5]) == []
-
-
-def test_retention_never_lets_the_last_good_one_go() -> None:
-    listed = [info(1), info(2, verified=False), info(3, verified=False)]
-    assert expired(listed, keep_last=1) == ["c2", "c3"]
-    assert expired(listed[1:], keep_last=1) == []
-    with pytest.raises(ValueError, match="keep_last is 0"):
-        expired(listed, keep_last=0)
-
-
-def test_pruning_verifies_the_newest_first(small: Small) -> None:
-    for name in "abcd":
-        assert small.save(name) is None
-    pin(small.directory / "a", pinned=True)
-    newest = small.directory / "d" / "rank-00000.pt"
-    content = newest.read_bytes()
-    newest.write_bytes(content[:-1])
-    with pytest.raises(CheckpointError, match="no older checkpoint was deleted"):
-        prune(small.directory, keep_last=1)
-    assert len(list_checkpoints(small.directory)) == 4
-    newest.write_bytes(content)
-    remember_check(small.directory / "d", ok=True, text="mended")
-    assert prune(small.directory, keep_last=1) == ["b", "c"]
-    assert [info.id for info in list_checkpoints(small.directory)] == ["a", "d"]
-
-
 def test_a_removed_checkpoint_takes_its_marks_with_it(small: Small) -> None:
     assert small.save("a") is None
     pin(small.directory / "a", pinned=True)
     remove(small.directory, "a")
     assert list(small.directory.iterdir()) == []
-    shutil.rmtree(small.directory)
-    assert prune(small.directory) == []

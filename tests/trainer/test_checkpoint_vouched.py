@@ -12,6 +12,7 @@ from test_checkpoint_safety import Small
 
 import trainctl.trainer.checkpoint.load as loading
 from trainctl.trainer.checkpoint import CheckpointError
+from trainctl.trainer.checkpoint.export import export
 from trainctl.wire.manifest import (
     MANIFEST,
     hash_file,
@@ -152,7 +153,10 @@ def test_a_pickle_that_a_fitting_manifest_vouches_for_runs_nothing(small: Small,
     vouch(small.directory / "b")
     assert verify(small.directory / "b").step == 2
     assert_refused(small, "b cannot be read|asks for posix.mkdir, which no index needs: not loaded")
+    with pytest.raises(Exception, match=r"posix\.mkdir|weights_only"):
+        export(small.directory / "b", tmp_path / "weights")
     assert not (tmp_path / "hacked").exists()
+    assert not (tmp_path / "weights").exists()
 
 
 def test_an_index_leads_to_no_file_that_the_manifest_does_not_list(small: Small) -> None:

@@ -12,18 +12,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, State, checkpointer, remove
+from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, State, checkpointer
 from trainctl.trainer.checkpoint.budget import SHARE, free_bytes, shared_budget
 from trainctl.trainer.checkpoint.memory_tier import MemoryTier, Slot
 from trainctl.trainer.checkpoint.save import Snapshot
 from trainctl.trainer.checkpoint.stage import bytes_for, layout_of
 from trainctl.wire.manifest import list_checkpoints
+from trainctl.wire.messages import BestBy
+from trainctl.wire.removal import remove
+
+METRICS = {"val_loss": 2.0, "accuracy": 0.5, "grad_norm": 1.0}
 
 
 class Training:
     """A model whose every tensor moves with each step."""
 
-    def __init__(self, directory: Path, **memory: int) -> None:
+    def __init__(self, directory: Path, **memory: Any) -> None:
         torch.manual_seed(0)
         self.model = nn.Linear(32, 32)
         self.optimizer = torch.optim.AdamW(self.model.parameters())
@@ -52,7 +56,7 @@ class Training:
 
     def save(self, name: str, *, may_leave_out: bool = False) -> Any:
         return self.checkpointer.begin_save(
-            id=name, step=1, incarnation=1, attempt=1, metrics={}, may_leave_out=may_leave_out
+            id=name, step=1, incarnation=1, attempt=1, metrics=METRICS, may_leave_out=may_leave_out
         )
 
     def bits(self) -> list[torch.Tensor]:
@@ -105,6 +109,12 @@ def test_a_state_in_memory_survives_its_rollback_the_steps_after_it_and_can_be_r
         training.step()
         assert not same(training.bits(), saved)
         assert len(trained) == len(saved)
+
+
+def test_of_a_state_in_memory_the_metrics_are_told_by_which_the_best_is_found(tmp_path: Path) -> None:
+    training = Training(tmp_path, best_by=BestBy(metric="accuracy", mode="max"))
+    assert training.save("a").result(30).error is None
+    assert [info.metrics for info in training.checkpointer.in_memory] == [{"val_loss": 2.0, "accuracy": 0.5}]
 
 
 def test_what_a_model_keeps_of_the_state_it_is_given_is_a_copy(tmp_path: Path) -> None:

@@ -18,10 +18,21 @@ from scripted_session import (
 from textual.pilot import Pilot
 
 from trainctl.tui.app import CockpitApp
-from trainctl.tui.dialogs import LeaveDialog, LrDialog, RollbackDialog, StopDialog, TunablesDialog
+from trainctl.tui.dialogs import LeaveDialog, LrDialog, RemoveDialog, RollbackDialog, StopDialog, TunablesDialog
 from trainctl.tui.help import HelpScreen
 from trainctl.tui.theme import look_for
-from trainctl.wire.commands import CheckpointSave, Evaluate, LrScale, LrSet, Pause, Resume, Rollback, SetTunable, Stop
+from trainctl.wire.commands import (
+    CheckpointRemove,
+    CheckpointSave,
+    Evaluate,
+    LrScale,
+    LrSet,
+    Pause,
+    Resume,
+    Rollback,
+    SetTunable,
+    Stop,
+)
 
 SIZES = [(40, 12), (60, 15), (80, 24), (100, 30), (120, 36), (180, 50), (200, 60)]
 LOOK = look_for(color_system="truecolor", no_color=False, glyphs="braille")
@@ -485,6 +496,21 @@ def test_checkpoints_are_verified_and_pinned_from_their_screen() -> None:
         await cockpit.press("K")
         assert cockpit.session.asked[-1] == "verify step-00005000-1"
         assert [type(action).__name__ for action in cockpit.sent] == ["CheckpointPin"]
+
+    drive(scenario, session=ScriptedSession(snapshot(checkpoints=checkpoints())))
+
+
+def test_a_checkpoint_is_deleted_from_the_palette_and_only_after_a_yes() -> None:
+    async def scenario(cockpit: Cockpit) -> None:
+        cockpit.app.commander.press("checkpoint rm")
+        await cockpit.until("choose a checkpoint first")
+        assert not isinstance(cockpit.app.screen, RemoveDialog)
+        cockpit.app.commander.press("checkpoint rm", target="step-00003000-1")
+        await cockpit.until("deleted from the disk")
+        await cockpit.press("enter")
+        assert cockpit.sent == []
+        await cockpit.press("y")
+        assert cockpit.sent == [CheckpointRemove(checkpoint="step-00003000-1")]
 
     drive(scenario, session=ScriptedSession(snapshot(checkpoints=checkpoints())))
 

@@ -48,17 +48,23 @@ def act(action: Action, asked: Asked, plan: Plan | None = None) -> int:
         unless=asked.unless,
         command_id=asked.command_id,
     )
+    asks = ask_on_a_terminal(action, asked)
+    try:
+        return asyncio.run(_act(action, asked, command.id, plan, asks=asks))
+    except KeyboardInterrupt:
+        _detached(command.id)
+        return EXIT_CODES["unknown"]
+
+
+def ask_on_a_terminal(action: Action, asked: Asked) -> bool:
+    """Whether to ask first. Raises `BadRequest` where that cannot be done."""
     asks = spec_of(action).asks_first and not asked.yes
     if asks and not sys.stdin.isatty():
         raise BadRequest(
             f"`{spec_of(action).name}` asks first, and there is no terminal to ask on; nothing was done",
             "add --yes to do it without being asked",
         )
-    try:
-        return asyncio.run(_act(action, asked, command.id, plan, asks=asks))
-    except KeyboardInterrupt:
-        _detached(command.id)
-        return EXIT_CODES["unknown"]
+    return asks
 
 
 def _detached(command_id: str) -> None:

@@ -19,7 +19,7 @@ async def plan_abort(session: Session) -> str:
 async def plan_restart(session: Session, action: Restart) -> str:
     """What the next attempt starts from. Raises `Rejected` when the target is no checkpoint or a damaged one."""
     found = (await session.checkpoints()).checkpoints
-    info = pick(found, "last") if action.target == "last" else picked(found, action.target)
+    info = pick(found, "last") if action.target == "last" else picked(found, action.target, session.model)
     if info is not None and info.verified is False:
         raise Rejected(f"checkpoint {info.id} is damaged; nothing was done", "trainctl checkpoint ls lists the others")
     begins = f"from {info.id} (step {info.step})" if info is not None else "anew: there is no checkpoint yet"

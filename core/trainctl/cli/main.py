@@ -33,7 +33,7 @@ _COMMANDS: dict[str, tuple[str, str, str]] = {
     "set": ("tunables", "set_", REGISTRY["set"].summary),
     "get": ("tunables", "get", "print one tunable"),
     "tunables": ("tunables", "tunables", "list the script's tunables"),
-    "checkpoint": ("checkpoint", "checkpoint", "save, list, verify and pin checkpoints"),
+    "checkpoint": ("checkpoint", "checkpoint", "save, list, verify, pin, delete and export checkpoints"),
     "rollback": ("rollback", "rollback", REGISTRY["rollback"].summary),
     "eval": ("act", "evaluate", REGISTRY["eval"].summary),
     "stop": ("act", "stop", REGISTRY["stop"].summary),

@@ -6,7 +6,8 @@ import click
 import msgspec
 
 from trainctl.cli.acting import act, opened
-from trainctl.cli.checkpoint import loss_of, picked
+from trainctl.cli.checkpoint import picked
+from trainctl.cli.checkpoint_list import loss_of
 from trainctl.cli.options import Asked, acting_options
 from trainctl.client.commanding import make_command
 from trainctl.client.errors import Rejected
@@ -98,7 +99,7 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
     """Raises `Rejected` when the target is no checkpoint or a damaged one."""
     model = session.model
     found = (await session.checkpoints()).checkpoints
-    info = picked(found, action.target)
+    info = picked(found, action.target, model)
     if info.verified is False and not info.in_memory:
         older = [other for other in found if other.time < info.time and other.verified is not False]
         raise Rejected(

@@ -3,12 +3,12 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypeVar, cast
 
 from trainctl.client.commanding import Commanding, make_command
 from trainctl.client.connection import Connection
-from trainctl.client.errors import ClientError
+from trainctl.client.errors import ClientError, NotReachable
 from trainctl.client.model import EVENTS_KEPT, Item, RunModel
 from trainctl.client.points import Points, all_pages, by_request
 from trainctl.client.wire_errors import from_peer
@@ -35,6 +35,7 @@ from trainctl.wire.messages import (
     Tunables,
     TunablesRequest,
     Verified,
+    Verifying,
     VerifyRequest,
 )
 from trainctl.wire.peer import NoAnswer, Peer, PeerError
@@ -201,8 +202,21 @@ class LiveSession:
     async def checkpoints(self) -> Checkpoints:
         return await self._ask(CheckpointsRequest(req=0), Checkpoints)
 
-    async def verify(self, checkpoint: str) -> Verified:
-        return await self._ask(VerifyRequest(req=0, id=checkpoint), Verified, _VERIFY_TIMEOUT_S)
+    async def verify(self, checkpoint: str, progress: Callable[[int, int], None] | None = None) -> Verified:
+        if progress is None:
+            return await self._ask(VerifyRequest(req=0, id=checkpoint), Verified, _VERIFY_TIMEOUT_S)
+        request = VerifyRequest(req=0, id=checkpoint, progress=True)
+        async with self._connection.using() as peer:
+            try:
+                async with contextlib.aclosing(peer.replies(request, timeout_s=_VERIFY_TIMEOUT_S)) as replies:
+                    async for reply in replies:
+                        if isinstance(reply, Verifying):
+                            progress(reply.done_bytes, reply.total_bytes)
+                        elif isinstance(reply, Verified):
+                            return reply
+            except PeerError as error:
+                raise from_peer(error, self._connection.label) from None
+        raise NotReachable(f"{self._connection.label} hung up while it verified {checkpoint}", "try again")
 
     async def tunables(self) -> list[Tunable]:
         return (await self._ask(TunablesRequest(req=0), Tunables)).tunables

@@ -15,11 +15,13 @@ from typing import Literal, TypeAlias
 import msgspec
 
 from trainctl.wire.commands import FINAL_COMMAND_STATES
+from trainctl.wire.manifest import pick
 from trainctl.wire.messages import (
     FINAL_STATES,
     Beat,
     Body,
     CheckpointInfo,
+    CheckpointRemoved,
     CheckpointSaved,
     CommandUpdate,
     Envelope,
@@ -171,6 +173,8 @@ class RunModel:
                 self._take_command(event)
             case CheckpointSaved():
                 self._take_checkpoint(event)
+            case CheckpointRemoved():
+                self._take_removal(event)
             case RankChanged() if event.rank in self.ranks:
                 self.ranks[event.rank] = msgspec.structs.replace(self.ranks[event.rank], state=event.state)
             case NodeChanged() if event.node in self.nodes and event.state in {"alive", "lost"}:
@@ -232,6 +236,21 @@ class RunModel:
     def ended(self) -> bool:
         """Whether the run is in a state that it does not leave by itself."""
         return self.state is not None and self.state.state in FINAL_STATES
+
+    def _take_removal(self, removed: CheckpointRemoved) -> None:
+        """Deleted is what is on disk: a state in the ranks' memory stays there."""
+        self.checkpoints = [
+            info
+            if info.id != removed.id
+            else msgspec.structs.replace(info, where="memory", pinned=False, verified=None)
+            for info in self.checkpoints
+            if info.id != removed.id or info.in_memory
+        ]
+
+    @property
+    def best_checkpoint(self) -> CheckpointInfo | None:
+        """The best by the run's own metric and mode."""
+        return pick(self.checkpoints, "best", self.info.best_by if self.info else None)
 
     @property
     def total_steps(self) -> int | None:

@@ -1,17 +1,20 @@
 """A session with the files of a run: one that ended, or whose hub is gone."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainctl.client.commanding import make_command
 from trainctl.client.errors import BadRequest, ClientError, NotReachable, Rejected
 from trainctl.client.model import Item, RunModel
 from trainctl.client.points import Points, all_pages
+from trainctl.client.removal import remove
 from trainctl.store.audit import check_audit
 from trainctl.wire import manifest
-from trainctl.wire.commands import Action, spec_of
+from trainctl.wire.commands import Action, CheckpointRemove, spec_of
 from trainctl.wire.messages import (
+    FINAL_STATES,
     Checkpoints,
     CommandUpdate,
     Event,
@@ -109,16 +112,25 @@ class RecordedSession:
 
     async def checkpoints(self) -> Checkpoints:
         found = await asyncio.to_thread(manifest.list_checkpoints, self._dir.checkpoints)
-        last, best = manifest.pick(found, "last"), manifest.pick(found, "best")
+        best_by = self._snapshot.info.best_by
+        last, best = manifest.pick(found, "last"), manifest.pick(found, "best", best_by)
         return Checkpoints(req=0, checkpoints=found, last=last.id if last else None, best=best.id if best else None)
 
-    async def verify(self, checkpoint: str) -> Verified:
-        known = {info.id for info in (await self.checkpoints()).checkpoints}
+    async def verify(self, checkpoint: str, progress: Callable[[int, int], None] | None = None) -> Verified:
+        known = {info.id: info for info in (await self.checkpoints()).checkpoints}
         if checkpoint not in known:
             raise BadRequest(f"there is no checkpoint {checkpoint!r}", "`trainctl checkpoint ls` lists them")
         directory = self._dir.checkpoints / checkpoint
+        done, total = 0, known[checkpoint].bytes
+
+        def told(size: int) -> None:
+            nonlocal done
+            done += size
+            if progress is not None:
+                progress(done, total)
+
         try:
-            found = await asyncio.to_thread(manifest.verify, directory)
+            found = await asyncio.to_thread(manifest.verify, directory, told)
         except manifest.DamagedCheckpoint as error:
             manifest.remember_check(directory, ok=False, text=str(error))
             return Verified(req=0, id=checkpoint, ok=False, text=str(error))
@@ -158,9 +170,22 @@ class RecordedSession:
         command_id: str | None = None,
         timeout_s: float = 60.0,
     ) -> AsyncGenerator[CommandUpdate, None]:
-        """Nobody is there to act: iterating raises `Rejected` when the run ended, `NotReachable` when it is lost."""
-        del condition, expires_s, revert_after, unless, command_id, timeout_s
+        """Nobody is there to act: iterating raises `Rejected` when the run ended, `NotReachable` when it is lost.
+
+        Only a checkpoint can be deleted, by whoever has the directory, once no rank can be alive.
+        """
+        del timeout_s
         state, name = self._snapshot.state.state, self.model.name
+        if isinstance(action, CheckpointRemove) and not self._may_train():
+            command = make_command(
+                action,
+                condition=condition,
+                expires_s=expires_s,
+                revert_after=revert_after,
+                unless=unless,
+                command_id=command_id,
+            )
+            return remove(self._dir, action, command, self._snapshot.state)
         if state == "lost":
             return _raising(
                 NotReachable(
@@ -174,6 +199,13 @@ class RecordedSession:
                 f"`trainctl run --resume {self._snapshot.info.id} …` goes on from its last checkpoint",
             )
         )
+
+    def _may_train(self) -> bool:
+        """Whether a rank of a run without a hub may be alive: of one that is lost in the recording."""
+        from trainctl.client import discover
+
+        info, state = self._snapshot.info, self._snapshot.state.state
+        return state not in FINAL_STATES or (state == "lost" and discover.may_come_back(info, self.model.age_s()))
 
     async def close(self) -> None:
         """Nothing is held open."""

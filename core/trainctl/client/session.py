@@ -2,8 +2,8 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import msgspec
 
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from trainctl.client.discover import Target
     from trainctl.wire.messages import Card
+
+
+Progress: TypeAlias = Callable[[int, int], None]
 
 
 class Session(Protocol):
@@ -83,8 +86,8 @@ class Session(Protocol):
     async def checkpoints(self) -> Checkpoints:
         """Checkpoints, oldest first, and which are `last` and `best`."""
 
-    async def verify(self, checkpoint: str) -> Verified:
-        """Hash every file of a checkpoint against its manifest."""
+    async def verify(self, checkpoint: str, progress: Progress | None = None) -> Verified:
+        """Hash every file of a checkpoint against its manifest; `progress(done, total)` hears of the bytes."""
 
     async def tunables(self) -> list[Tunable]:
         """The script's tunables with their values and bounds."""

@@ -7,6 +7,7 @@ from trainctl.client.model import RunModel
 from trainctl.wire import manifest
 from trainctl.wire.commands import REGISTRY
 from trainctl.wire.messages import NodeReading, RunInfo, RunState
+from trainctl.wire.removal import why_kept
 
 
 def status_json(model: RunModel, now: float | None = None) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def status_json(model: RunModel, now: float | None = None) -> dict[str, Any]:
         "ranks": _ranks(model, now),
         "nodes": [node_json(reading, model.node_age_s(node, now)) for node, reading in sorted(model.nodes.items())],
         "checkpoints": _checkpoints(model),
-        "capabilities": capabilities(info),
+        "capabilities": capabilities(info) | _of_checkpoints(model),
         "dropped": (sum(state.dropped.values()) if state else 0) + model.lost_messages,
         # More than was promised, for those who look closer.
         "dropped_by_reason": _dropped_by_reason(model),
@@ -118,7 +119,7 @@ def node_json(reading: NodeReading, age_s: float | None) -> dict[str, object]:
 
 
 def _checkpoints(model: RunModel) -> dict[str, object]:
-    last, best = manifest.pick(model.checkpoints, "last"), manifest.pick(model.checkpoints, "best")
+    last, best = manifest.pick(model.checkpoints, "last"), model.best_checkpoint
     return {
         "count": len(model.checkpoints),
         "last": last.id if last else None,
@@ -137,6 +138,19 @@ def capabilities(info: RunInfo | None) -> dict[str, bool | str]:
         else:
             found[name] = _true_or_reason(info.capabilities.get(spec.capability, False))
     return found
+
+
+def _of_checkpoints(model: RunModel) -> dict[str, bool | str]:
+    """What can be done with checkpoints without any rank: deleting only where there is one to spare."""
+    found, name = model.checkpoints, model.name
+    none = f"{name} has no checkpoint yet"
+    spare = any(why_kept(found, info.id) is None for info in found)
+    return {
+        "checkpoint ls": True,
+        "checkpoint verify": True if found else none,
+        "checkpoint export": True if found else none,
+        "checkpoint rm": True if spare else "every checkpoint is the last good one or pinned" if found else none,
+    }
 
 
 def _true_or_reason(value: bool | str) -> bool | str:

@@ -123,7 +123,7 @@ def _node(model: RunModel, node: str, now: float | None) -> str:
 
 
 def _checkpoints(model: RunModel) -> str:
-    last, best = manifest.pick(model.checkpoints, "last"), manifest.pick(model.checkpoints, "best")
+    last, best = manifest.pick(model.checkpoints, "last"), model.best_checkpoint
     if last is None:
         return "  no checkpoint yet"
     words = f"  {len(model.checkpoints)} checkpoints, last {last.id} at step {last.step}"

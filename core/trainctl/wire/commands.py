@@ -80,6 +80,10 @@ class CheckpointUnpin(Act, frozen=True, kw_only=True, tag="checkpoint unpin"):
     checkpoint: Ident
 
 
+class CheckpointRemove(Act, frozen=True, kw_only=True, tag="checkpoint rm"):
+    checkpoint: Ident
+
+
 class Rollback(Act, frozen=True, kw_only=True, tag="rollback"):
     target: Ident  # "last", "best", a step or an id
     skip_batches: Count = 0
@@ -129,6 +133,7 @@ Action: TypeAlias = (
     | CheckpointSave
     | CheckpointPin
     | CheckpointUnpin
+    | CheckpointRemove
     | Rollback
     | Evaluate
     | Stop
@@ -242,6 +247,14 @@ REGISTRY: dict[str, Spec] = {
             by="hub",
             capability=None,
             summary="leave a checkpoint to the retention again",
+        ),
+        Spec(
+            action=CheckpointRemove,
+            role="operator",
+            by="hub",
+            capability=None,
+            asks_first=True,
+            summary="delete a checkpoint for good",
         ),
         Spec(
             action=Rollback,

@@ -6,6 +6,7 @@ The log, the cockpit and the alert command all tell of an event in these words.
 from trainctl.wire.figures import duration, file_size, plain, scalar
 from trainctl.wire.messages import (
     Anomaly,
+    CheckpointRemoved,
     CheckpointSaved,
     CommandUpdate,
     Event,
@@ -20,14 +21,15 @@ from trainctl.wire.messages import (
     Values,
 )
 
+_KINDS = {"node-event": "node", "checkpoint-removed": "checkpoint"}
 # Arguments whose default says nothing; elsewhere 0 and false are what was asked for.
 _NOT_ASKED_FOR = frozenset({"skip_batches", "restore_overrides", "pin", "now"})
 
 
 def kind_of(event: Event) -> str:
-    """The kind under which an event is listed and filtered: its tag, except that a node's is `node`."""
+    """The kind under which an event is listed and filtered: its tag, or what its tag is about."""
     tag = str(event.__struct_config__.tag)
-    return "node" if tag == "node-event" else tag
+    return _KINDS.get(tag, tag)
 
 
 def event_json(event: Event) -> dict[str, object]:
@@ -46,6 +48,9 @@ def event_text(event: Event) -> str:
             words = command_text(event)
         case CheckpointSaved():
             words = _checkpoint_words(event)
+        case CheckpointRemoved():
+            freed = f", {file_size(event.bytes)} freed" if event.bytes else ""
+            words = f"checkpoint {event.id} removed by {event.by}{freed}"
         case RolledBack():
             words = _rollback_words(event)
         case Anomaly():

@@ -14,14 +14,14 @@ import io
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
 
 from trainctl.wire.lineage import live_steps, read_branches
-from trainctl.wire.messages import CheckpointInfo
+from trainctl.wire.messages import BestBy, CheckpointInfo
 from trainctl.wire.rundir import RunDir, fsync_dir, write_atomic
 from trainctl.wire.vouched import NotOurs, is_inside, open_ours
 
@@ -253,8 +253,20 @@ def _checked_file(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}.checked.json")
 
 
-def pick(checkpoints: list[CheckpointInfo], target: str) -> CheckpointInfo | None:
-    """The checkpoint that an operator means by `last`, `best` (lowest val_loss, else loss), a step or an id.
+def ranked(checkpoints: Sequence[CheckpointInfo], best_by: BestBy | None = None) -> list[CheckpointInfo]:
+    """Whole checkpoints of the live branch that have the metric, the best first, of equals the older."""
+    by = best_by or BestBy()
+    good = [info for info in checkpoints if info.verified is not False and not info.abandoned]
+    names = ("val_loss", "loss") if by.metric is None else (by.metric,)
+    name = next((name for name in names if any(name in info.metrics for info in good)), None)
+    if name is None:
+        return []
+    sign = -1 if by.mode == "max" else 1
+    return sorted((info for info in good if name in info.metrics), key=lambda info: sign * info.metrics[name])
+
+
+def pick(checkpoints: Sequence[CheckpointInfo], target: str, best_by: BestBy | None = None) -> CheckpointInfo | None:
+    """The checkpoint that an operator means by `last`, `best` (as the run says it is found), a step or an id.
 
     Damaged ones and those of an abandoned branch are never `last` or `best`. Of several at one step the newest is
     meant, of the live branch if there is one.
@@ -263,9 +275,7 @@ def pick(checkpoints: list[CheckpointInfo], target: str) -> CheckpointInfo | Non
     if target == "last":
         return good[-1] if good else None
     if target == "best":
-        name = next((name for name in ("val_loss", "loss") if any(name in info.metrics for info in good)), None)
-        scored = [info for info in good if name is not None and name in info.metrics]
-        return min(scored, key=lambda info: info.metrics[str(name)], default=None)
+        return next(iter(ranked(checkpoints, best_by)), None)
     abandoned, live = ([info for info in checkpoints if info.abandoned is left] for left in (True, False))
     for info in reversed([*abandoned, *live]):
         if info.id == target or (target.isdigit() and info.step == int(target)):

@@ -207,6 +207,14 @@ class CheckpointSaved(EventBase, frozen=True, kw_only=True, tag="checkpoint"):
     error: str | None = None
 
 
+class CheckpointRemoved(EventBase, frozen=True, kw_only=True, tag="checkpoint-removed"):
+    """A checkpoint was deleted. `by` is an operator, or `retention`."""
+
+    id: str
+    by: str
+    bytes: int = 0
+
+
 class RolledBack(EventBase, frozen=True, kw_only=True, tag="rollback"):
     """The run left `from_step` for `step`; `incarnation` is the new one."""
 
@@ -255,7 +263,16 @@ class Note(EventBase, frozen=True, kw_only=True, tag="note"):
 
 
 Event: TypeAlias = (
-    StateChanged | CommandUpdate | CheckpointSaved | RolledBack | Anomaly | RankChanged | NodeChanged | Output | Note
+    StateChanged
+    | CommandUpdate
+    | CheckpointSaved
+    | CheckpointRemoved
+    | RolledBack
+    | Anomaly
+    | RankChanged
+    | NodeChanged
+    | Output
+    | Note
 )
 Body: TypeAlias = Rows | Ranks | NodeReading | Event
 
@@ -401,9 +418,10 @@ class CheckpointsRequest(RequestBase, frozen=True, kw_only=True, tag="checkpoint
 
 
 class VerifyRequest(RequestBase, frozen=True, kw_only=True, tag="verify"):
-    """Re-hash the files of a checkpoint against its manifest."""
+    """Re-hash the files of a checkpoint against its manifest. `progress`: say meanwhile how far it is."""
 
     id: str
+    progress: bool = False
 
 
 class TunablesRequest(RequestBase, frozen=True, kw_only=True, tag="tunables"):
@@ -476,6 +494,13 @@ class RankPlace(Message, frozen=True, kw_only=True):
     gpu_uuid: str | None = None
 
 
+class BestBy(Message, frozen=True, kw_only=True):
+    """What makes a checkpoint the best: the lowest or highest of a metric; without one `val_loss`, else `loss`."""
+
+    metric: str | None = None
+    mode: Literal["min", "max"] = "min"
+
+
 class RunInfo(Message, frozen=True, kw_only=True):
     """What does not change within an attempt."""
 
@@ -495,6 +520,7 @@ class RunInfo(Message, frozen=True, kw_only=True):
     ranks: list[RankPlace] = []
     authenticated_ranks: bool = True
     sinks: list[str] = []  # where the script wants its history copied to, beside the user's own configuration
+    best_by: BestBy = BestBy()  # what `best` means for a rollback, a restart and the retention
 
 
 class LastValue(Message, frozen=True, kw_only=True):
@@ -557,6 +583,14 @@ class Checkpoints(ReplyBase, frozen=True, kw_only=True, tag="checkpoints"):
     best: str | None = None
 
 
+class Verifying(ReplyBase, frozen=True, kw_only=True, tag="verifying"):
+    """How far a verification is, before its `verified`."""
+
+    id: str
+    done_bytes: int
+    total_bytes: int
+
+
 class Verified(ReplyBase, frozen=True, kw_only=True, tag="verified"):
     id: str
     ok: bool
@@ -604,6 +638,7 @@ Reply: TypeAlias = (
     | History
     | Events
     | Checkpoints
+    | Verifying
     | Verified
     | Tunables
     | AuditLines
@@ -690,7 +725,21 @@ class LinkCancel(Message, frozen=True, kw_only=True, tag="cancel"):
     superseded_by: str | None = None
 
 
-ToRank: TypeAlias = LinkWelcome | LinkAck | LinkCommand | LinkCancel
+class Trouble(Message, frozen=True, kw_only=True):
+    """Steps of one incarnation at which a metric was not as it should be; `last` is absent while it goes on."""
+
+    incarnation: Number
+    first: Number
+    last: Number | None = None
+
+
+class LinkTrouble(Message, frozen=True, kw_only=True, tag="trouble"):
+    """All the trouble that the hub knows of; replaces what was told before."""
+
+    troubles: list[Trouble]
+
+
+ToRank: TypeAlias = LinkWelcome | LinkAck | LinkCommand | LinkCancel | LinkTrouble
 
 
 # --- cards

@@ -9,6 +9,7 @@ from trainctl.hub.agents import AgentRelay
 from trainctl.hub.board import RunBoard
 from trainctl.hub.desk import CommandDesk
 from trainctl.hub.endings import Endings
+from trainctl.hub.health import Health
 from trainctl.hub.keeper import JournalKeeper
 from trainctl.hub.link import LinkListener, RankLine, RankLink
 from trainctl.hub.names import NameLimit
@@ -58,6 +59,7 @@ class Attendance:
         endings: Endings,
         starts_again: StartsAgain,
         roll_call: RollCall,
+        health: Health,
     ) -> None:
         self._run_id = run_id
         self._line = line
@@ -73,6 +75,7 @@ class Attendance:
         self._roll_call = roll_call
         self._names = NameLimit(self._record.metrics.names)
         self._names_told = False
+        self._health = health
         self.idle_since = time.monotonic()
 
     async def serve(self, listener: LinkListener) -> None:
@@ -159,6 +162,7 @@ class Attendance:
         # What only our memory holds would go with us: rank 0 keeps it, and what it sends twice is taken once.
         have = have if unwritten is None else min(have, unwritten - 1)
         link.send(LinkWelcome(epoch=self._ownership.epoch, have=have))
+        self._health.tell()
         self._desk.rank_came(new_attempt=not known)
         if not known:
             self._board.begin(hello)

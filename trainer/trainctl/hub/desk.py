@@ -10,6 +10,7 @@ import msgspec
 from trainctl.hub.endings import Endings, Outcome
 from trainctl.hub.link import RankLine
 from trainctl.hub.recorder import Recorder
+from trainctl.hub.removing import Removed, remove, targets_of
 from trainctl.hub.rules import Situation, allowed_without_audit, rejection
 from trainctl.store.audit import AuditLog
 from trainctl.wire.commands import (
@@ -17,6 +18,7 @@ from trainctl.wire.commands import (
     AddNote,
     Cancel,
     CheckpointPin,
+    CheckpointRemove,
     CheckpointUnpin,
     Command,
     CommandState,
@@ -29,6 +31,7 @@ from trainctl.wire.manifest import list_checkpoints, pick, pin
 from trainctl.wire.messages import (
     FINAL_STATES,
     Anomaly,
+    CheckpointInfo,
     CommandReply,
     CommandUpdate,
     LinkCancel,
@@ -76,6 +79,7 @@ class CommandDesk:
         self._line = line
         self._endings = endings
         self._ending: dict[str, asyncio.Task[None]] = {}  # commands that the agents carry out, by id
+        self._removing: dict[str, asyncio.Task[None]] = {}  # deletions of checkpoints, by the command's id
         self._open_endings: dict[str, _Open] = {}
         self._one_at_a_time = asyncio.Lock()
         self._open: dict[str, _Open] = {}
@@ -130,6 +134,7 @@ class CommandDesk:
             linked=self._line.linked,
             checkpoints=checkpoints,
             commands=record.commands,
+            targets=self._targets(checkpoints),
             no_restart=self._endings.refusal(command.action),
         )
         opened = _Open(command=command, actor=actor, accepted=time.time())
@@ -177,6 +182,13 @@ class CommandDesk:
             for opened in (*self._open.values(), *self._open_endings.values())
         ]
 
+    def _targets(self, checkpoints: list[CheckpointInfo]) -> frozenset[str]:
+        """The checkpoints that commands under way, or the attempt that is about to start, go back to."""
+        actions = [under_way.command.action for under_way in self._under_way()]
+        found = targets_of(actions, checkpoints, self._record.info.best_by)
+        ending = self._endings.of(self._record.state.attempt)
+        return found | {ending.target} if ending is not None else found
+
     async def _write_down(self, opened: _Open) -> str | None:
         command = opened.command
         entry: dict[str, Scalar] = {
@@ -216,6 +228,9 @@ class CommandDesk:
                 await self._pin(opened, target, pinned=True)
             case CheckpointUnpin(checkpoint=target):
                 await self._pin(opened, target, pinned=False)
+            case CheckpointRemove(checkpoint=target):
+                # Apart, because the last good one is verified first, and that takes as long as reading it.
+                self._removing[opened.command.id] = asyncio.create_task(self._remove(opened, target))
             case Cancel(command=target):
                 self._cancels.setdefault(target, []).append(opened)
                 if not self._line.send(LinkCancel(id=target, actor=opened.actor)):
@@ -233,6 +248,16 @@ class CommandDesk:
         finally:
             self._ending.pop(opened.command.id, None)
         self._say(opened, outcome.state, after=outcome.after, ranks=outcome.ranks, reason=outcome.reason)
+
+    async def _remove(self, opened: _Open, target: str) -> None:
+        try:
+            done = await remove(self._recorder, self._run_dir, target, opened.actor, self._targets)
+        except Exception as error:  # the operator must hear that it is not known, and why
+            log.exception("a checkpoint could not be removed")
+            done = Removed(state="unknown", reason=f"the hub failed while it removed {target}: {error}")
+        finally:
+            self._removing.pop(opened.command.id, None)
+        self._say(opened, done.state, reason=done.reason)
 
     async def _pin(self, opened: _Open, target: str, *, pinned: bool) -> None:
         found = pick(await asyncio.to_thread(list_checkpoints, self._run_dir.checkpoints), target)
@@ -278,8 +303,8 @@ class CommandDesk:
         for pending in self._record.pending:
             if self._record.commands[pending.id].state in FINAL_COMMAND_STATES:
                 continue  # settled by the one before: a cancel goes with what it cancels
-            if pending.id in self._ending:
-                continue  # it is why rank 0 is gone, and the agents say how it went
+            if pending.id in self._ending or pending.id in self._removing:
+                continue  # others say how it went: the agents, for whom rank 0 is gone, and whoever deletes
             unscheduled = ended and pending.state == "accepted"
             state: CommandState = "expired" if unscheduled else "unknown"
             current = self._record.state
@@ -325,9 +350,9 @@ class CommandDesk:
 
     async def close(self) -> None:
         """Wait until what was settled is in the audit log."""
-        for task in self._ending.values():
+        for task in (tasks := [*self._ending.values(), *self._removing.values()]):
             task.cancel()
-        await asyncio.gather(*self._ending.values(), return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.gather(*self._writing)
 
     # --- said

@@ -111,7 +111,8 @@ class Endings:
         ending = Ending(what="restart", attempt=info.attempt, actor=actor, target=action.target)
         if action.target == "last":
             return ending, None  # also where there is none yet: then it begins anew
-        found = pick(await asyncio.to_thread(list_checkpoints, self._run_dir.checkpoints), action.target)
+        known = await asyncio.to_thread(list_checkpoints, self._run_dir.checkpoints)
+        found = pick(known, action.target, info.best_by)
         if found is None:
             return ending, f"checkpoint {action.target} is gone; nothing was changed"
         return Ending(what="restart", attempt=info.attempt, actor=actor, target=found.id), None

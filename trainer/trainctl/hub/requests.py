@@ -3,17 +3,17 @@
 import asyncio
 import logging
 import time
-from pathlib import Path
 
 from trainctl.hub.desk import CommandDesk
 from trainctl.hub.keeper import JournalKeeper
 from trainctl.hub.recorder import Recorder
 from trainctl.hub.snapshots import fitting
+from trainctl.hub.verifying import check
 from trainctl.store.audit import AuditLog, check_audit
 from trainctl.store.history import history_steps
 from trainctl.wire.codec import DATA_LIMIT
 from trainctl.wire.held_states import list_with_memory
-from trainctl.wire.manifest import DamagedCheckpoint, kept_audit_heads, pick, remember_check, verify
+from trainctl.wire.manifest import kept_audit_heads, pick
 from trainctl.wire.messages import (
     AuditLines,
     AuditRequest,
@@ -38,10 +38,11 @@ from trainctl.wire.messages import (
     Tunables,
     TunablesRequest,
     Verified,
+    Verifying,
     VerifyRequest,
 )
 from trainctl.wire.rundir import RunDir
-from trainctl.wire.server import Caller, Refusal
+from trainctl.wire.server import Caller, Refusal, Server
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ class Requests:
         audit: AuditLog,
         run_dir: RunDir,
         desk: CommandDesk,
+        server: Server,
     ) -> None:
         self._recorder = recorder
         self._record = recorder.record
@@ -67,6 +69,7 @@ class Requests:
         self._audit = audit
         self._run_dir = run_dir
         self._desk = desk
+        self._server = server
 
     def run_state(self) -> RunState:
         return self._record.state
@@ -98,7 +101,7 @@ class Requests:
             case CheckpointsRequest():
                 return await self._list(request)
             case VerifyRequest():
-                return await self._verify(request)
+                return await self._verify(request, caller)
             case TunablesRequest():
                 return Tunables(req=request.req, tunables=self._record.info.tunables)
             case AuditRequest():
@@ -127,20 +130,26 @@ class Requests:
 
     async def _list(self, request: CheckpointsRequest) -> Checkpoints:
         found = await self._checkpoints()
-        last, best = pick(found, "last"), pick(found, "best")
+        last, best = pick(found, "last"), pick(found, "best", self._record.info.best_by)
         return Checkpoints(
             req=request.req, checkpoints=found, last=last.id if last else None, best=best.id if best else None
         )
 
-    async def _verify(self, request: VerifyRequest) -> Verified:
-        found = pick(await self._checkpoints(), request.id)
+    async def _verify(self, request: VerifyRequest, caller: Caller) -> Verified:
+        found = pick(await self._checkpoints(), request.id, self._record.info.best_by)
         if found is None:
             raise Refusal(
                 "no_checkpoint", f"there is no checkpoint {request.id}", "trainctl checkpoint ls lists what there is"
             )
         if found.where == "memory":
             raise Refusal("no_checkpoint", f"{found.id} is in memory only: there are no files to hash")
-        ok, text = await asyncio.to_thread(_check, self._run_dir.checkpoints / found.id)
+        checkpoint_id, total = found.id, found.bytes
+
+        def tell(done: int) -> None:
+            message = Verifying(req=caller.req, id=checkpoint_id, done_bytes=done, total_bytes=total)
+            self._server.reply(caller, message)
+
+        ok, text = await check(self._run_dir.checkpoints / found.id, tell if request.progress else None)
         self._recorder.take(
             CheckpointSaved(
                 time=time.time(),
@@ -172,15 +181,3 @@ class Requests:
     def _check_audit(self) -> tuple[int, str | None]:
         # Here, where the whole log lies: whoever asks may see neither the directory nor more than a reply holds.
         return check_audit(self._audit.path, kept_audit_heads(self._run_dir.checkpoints))
-
-
-def _check(directory: Path) -> tuple[bool, str]:
-    """Hash a checkpoint's files and remember the outcome beside it."""
-    try:
-        manifest = verify(directory)
-    except DamagedCheckpoint as damage:
-        ok, text = False, str(damage)
-    else:
-        ok, text = True, f"{len(manifest.files)} files have the sizes and hashes that the manifest says"
-    remember_check(directory, ok=ok, text=text)
-    return ok, text

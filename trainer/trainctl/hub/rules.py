@@ -8,6 +8,7 @@ from trainctl.wire.commands import (
     Act,
     Cancel,
     CheckpointPin,
+    CheckpointRemove,
     CheckpointSave,
     CheckpointUnpin,
     Command,
@@ -25,6 +26,7 @@ from trainctl.wire.commands import (
 from trainctl.wire.expressions import ExpressionError, parse
 from trainctl.wire.manifest import pick
 from trainctl.wire.messages import FINAL_STATES, CheckpointInfo, CommandUpdate, RunInfo, RunStateName, Tunable
+from trainctl.wire.removal import why_kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class Situation:
     linked: bool
     checkpoints: list[CheckpointInfo]
     commands: dict[str, CommandUpdate]
+    targets: frozenset[str] = frozenset()  # checkpoints that commands under way go back to
     no_restart: str | None = None  # why nobody would start the next attempt
 
 
@@ -110,10 +113,10 @@ def _target(command: Command, situation: Situation) -> str | None:
     action = command.action
     on_disk = [info for info in situation.checkpoints if info.where == "disk"]  # the others end with the ranks
     match action:
-        case Rollback(target=target) if pick(situation.checkpoints, target) is None:
+        case Rollback(target=target) if pick(situation.checkpoints, target, situation.info.best_by) is None:
             return _no_checkpoint(target, situation.checkpoints)
         case Restart(target=target) if target != "last":
-            found_one = pick(on_disk, target)
+            found_one = pick(on_disk, target, situation.info.best_by)
             if found_one is None:
                 return _no_checkpoint(target, on_disk)
             if found_one.verified is False:
@@ -121,6 +124,8 @@ def _target(command: Command, situation: Situation) -> str | None:
         case CheckpointPin(checkpoint=target) | CheckpointUnpin(checkpoint=target):
             if pick(on_disk, target) is None:
                 return _no_checkpoint(target, on_disk)
+        case CheckpointRemove(checkpoint=target):
+            return _kept(target, situation, on_disk)
         case Cancel(command=target):
             found = situation.commands.get(target)
             if found is None:
@@ -130,6 +135,14 @@ def _target(command: Command, situation: Situation) -> str | None:
         case _:
             pass
     return None
+
+
+def _kept(target: str, situation: Situation, on_disk: list[CheckpointInfo]) -> str | None:
+    if situation.state == "starting":
+        return "the run is starting, and may be restoring it: nothing was done; try again when it trains"
+    if any(info.id == target and info.where == "memory" for info in situation.checkpoints):
+        return f"{target} is in the ranks' memory only: there are no files to delete, and it goes with a later save"
+    return why_kept(on_disk, target, situation.targets)
 
 
 def _no_checkpoint(target: str, checkpoints: list[CheckpointInfo]) -> str:

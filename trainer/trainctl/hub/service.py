@@ -16,6 +16,7 @@ from trainctl.hub.desk import CommandDesk
 from trainctl.hub.detect import Detectors
 from trainctl.hub.detect_lookout import DiskLookout
 from trainctl.hub.endings import Endings
+from trainctl.hub.health import Health
 from trainctl.hub.keeper import JournalKeeper
 from trainctl.hub.link import LinkListener, RankLine
 from trainctl.hub.ownership import Ownership
@@ -91,9 +92,13 @@ class Hub:
         self._desk = CommandDesk(
             recorder=recorder, server=self._server, audit=audit, run_dir=run_dir, line=self._line, endings=endings
         )
-        self._requests = Requests(recorder=recorder, keeper=self._keeper, audit=audit, run_dir=run_dir, desk=self._desk)
+        self._requests = Requests(
+            recorder=recorder, keeper=self._keeper, audit=audit, run_dir=run_dir, desk=self._desk, server=self._server
+        )
         self._trouble = DiskTrouble(board=board, keeper=self._keeper, ownership=self._ownership, run_dir=run_dir)
         self._sinks = Sinks(recorder=recorder, keeper=self._keeper, directory=run_dir.path, anomaly=board.anomaly)
+        health = Health(self._line, self._record.events)
+        recorder.follow(health.follow)
         self._lookout = DiskLookout(run_dir=run_dir, events=self._record.events, tell=board.anomaly)
         recorder.follow(self._lookout.follow)
         self._alerts = Alerts(info=lambda: self._record.info, tell=board.anomaly, events=self._record.events)
@@ -112,6 +117,7 @@ class Hub:
             endings=endings,
             starts_again=starts_again,
             roll_call=roll_call,
+            health=health,
         )
         self._leave = asyncio.Event()
 

@@ -13,7 +13,8 @@ except ModuleNotFoundError:
     ) from None
 del _torch
 
+from trainctl.trainer.checkpoint import Retention  # noqa: E402 - after the check above, whose error says more
 from trainctl.trainer.run import Run  # noqa: E402 - after the check above, whose error says more
 from trainctl.trainer.tunables import TunableValue  # noqa: E402
 
-__all__ = ["Run", "TunableValue"]
+__all__ = ["Retention", "Run", "TunableValue"]

@@ -19,9 +19,18 @@ from trainctl.trainer.agents import NodeAgent
 from trainctl.trainer.agreement import in_two_phases
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.buffer import RowBuffer
-from trainctl.trainer.checkpoint import MEMORY_CHECKPOINTS, Accessor, Checkpointer, CheckpointError, Loaded, State
+from trainctl.trainer.checkpoint import (
+    MEMORY_CHECKPOINTS,
+    Accessor,
+    Checkpointer,
+    CheckpointError,
+    Loaded,
+    Retention,
+    State,
+)
 from trainctl.trainer.checkpoint.errors import RanksLost
 from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
+from trainctl.trainer.checkpoint.script_files import ScriptFiles
 from trainctl.trainer.control import Control
 from trainctl.trainer.core import Callbacks, Core
 from trainctl.trainer.descriptors import OwnSockets
@@ -65,6 +74,8 @@ class Script:
     flops_per_step: float | None = None
     peak_flops: float | None = None
     sinks: Sequence[str] = ()
+    keep: Retention | None = None
+    files: ScriptFiles | None = None
     memory_checkpoints: int = MEMORY_CHECKPOINTS
     memory_budget: int | None = None
     signalled: Signalled | None = None
@@ -104,6 +115,7 @@ def start(script: Script) -> Parts:
         tunables=Tunables(),
         callbacks=script.callbacks,
         incarnation=identity.incarnation,
+        retention=script.keep,
     )
     if script.optimizers:
         core.overrides = Overrides(script.optimizers, phase=core.phases.get("optimizer"))
@@ -114,7 +126,7 @@ def start(script: Script) -> Parts:
     core.rank_places = gather_places(core, group)
     tracked: dict[str, Any] = {}
     alone_or_grouped = place.world_size == 1 or group is not None
-    if identity.problem is None and alone_or_grouped and (script.models or script.optimizers):
+    if identity.problem is None and alone_or_grouped and (script.models or script.optimizers or script.files):
         core.checkpointer = _checkpointer(script, core, group, tracked)
     with sockets.opening():
         connections, agreement_problem = _connections(place.world_size, group, identity, secret, leads=place.leads)
@@ -162,17 +174,19 @@ def _own_group(world_size: int) -> Any:
 
 
 def _checkpointer(script: Script, core: Core, group: Any, tracked: dict[str, Any]) -> Checkpointer:
+    ours = script.files is None  # else the script saves and loads these by itself
     state = State(
-        models=script.models,
-        optimizers=script.optimizers,
-        schedulers=script.schedulers,
-        scaler=script.scaler,
+        models=script.models if ours else (),
+        optimizers=script.optimizers if ours else (),
+        schedulers=script.schedulers if ours else (),
+        scaler=script.scaler if ours else None,
         loader=core.feed,
         tracked=tracked,
         overrides=core.overrides,
         tunables=Accessor(get=core.tunables.values, set=core.tunables.restore),
         trials=core.reverts,
         counters=core.counters,
+        script=script.files,
     )
     return Checkpointer(
         directory=RunDir(core.identity.directory).checkpoints,
@@ -183,6 +197,7 @@ def _checkpointer(script: Script, core: Core, group: Any, tracked: dict[str, Any
         state=state,
         memory_checkpoints=script.memory_checkpoints,
         memory_budget=script.memory_budget,
+        best_by=core.best_by,
         local_ranks=sum(place.node == core.place.node for place in core.rank_places),
     )
 
@@ -232,7 +247,7 @@ def capabilities(script: Script, core: Core, agreement_problem: str | None) -> d
     if core.overrides is None:
         able["lr"] = "no optimizer was given to Run.attach"
     if core.checkpointer is None:
-        able["checkpoint"] = core.identity.problem or "no model or optimizer was given to Run.attach"
+        able["checkpoint"] = core.identity.problem or "no model, optimizer or save= was given to Run.attach"
         able["rollback"] = able["checkpoint"]
     elif core.feed is None and core.callbacks.on_rollback is None:
         able["rollback"] = "the script owns its data iterator: give on_rollback= or loader= to Run.attach"
@@ -344,8 +359,10 @@ def prepare(core: Core, command: Command) -> Prepared | str:
     if not isinstance(action, Rollback):
         return Prepared(two_phase=in_two_phases(command))
     held = core.checkpointer.in_memory if core.checkpointer is not None else []
-    known = list_with_memory(RunDir(core.identity.directory).checkpoints, held)
-    target = pick(known, action.target)
+    with core.deleting:
+        known = list_with_memory(RunDir(core.identity.directory).checkpoints, held)
+        target = pick(known, action.target, core.best_by)
+        core.rollback_target = target.id if target is not None else None
     if target is None:
         steps = ", ".join(str(info.step) for info in known[-8:]) or "none yet"
         return f"there is no checkpoint {action.target!r}; there are, by step: {steps}"
@@ -377,7 +394,8 @@ def resume(core: Core, group: Any) -> int | None:
     if not alone_or_grouped or (not asked and core.identity.attempt == 1):
         begin_branch(core)
         return None
-    found = fallback.choice(RunDir(core.identity.directory).checkpoints, asked) if core.place.leads else None
+    checkpoints = RunDir(core.identity.directory).checkpoints
+    found = fallback.choice(checkpoints, asked, core.best_by) if core.place.leads else None
     told: list[Any] = [found, _newest(core) if core.place.leads else None]
     if group is not None:
         dist.broadcast_object_list(told, src=0, group=group)
@@ -449,6 +467,7 @@ def run_info(script: Script, core: Core) -> RunInfo:
         ranks=core.rank_places,
         authenticated_ranks=identity.authenticated,
         sinks=list(script.sinks),
+        best_by=core.best_by,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.buffer import RowBuffer
-from trainctl.trainer.checkpoint import Checkpointer, PendingSave
+from trainctl.trainer.checkpoint import Checkpointer, PendingSave, Retention
 from trainctl.trainer.feed import Feed
 from trainctl.trainer.flops import FlopMeter
 from trainctl.trainer.identity import RankIdentity, RunIdentity
@@ -20,7 +20,7 @@ from trainctl.trainer.ranges import DataRanges
 from trainctl.trainer.reverts import Reverts
 from trainctl.trainer.tunables import Tunables
 from trainctl.wire.commands import Command
-from trainctl.wire.messages import Anomaly, Event, Note, RankPlace, RunStateName, Severity
+from trainctl.wire.messages import Anomaly, BestBy, Event, Note, RankPlace, RunStateName, Severity, Trouble
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +97,10 @@ class Core:
     saves: list[RunningSave] = field(default_factory=list)
     saves_begun: int = 0
     newest_save: RunningSave | None = None
+    retention: Retention | None = None  # None: nothing is ever deleted
+    troubles: list[Trouble] = field(default_factory=list)  # as the hub says; replaced, never changed
+    rollback_target: str | None = None  # what the newest rollback goes back to; written under `deleting`
+    deleting: threading.Lock = field(default_factory=threading.Lock)  # held for a rename at most, and never by training
     rank_places: list[RankPlace] = field(default_factory=list)
     hold: Hold | None = None
     doing: RunStateName | None = None
@@ -120,6 +124,11 @@ class Core:
     @property
     def publishes(self) -> bool:
         return self.place.leads
+
+    @property
+    def best_by(self) -> BestBy:
+        """What `best` means in this run."""
+        return self.retention.best_by if self.retention is not None else BestBy()
 
     def event(self, event: Event) -> None:
         """Tell of something; only rank 0 speaks for the run."""

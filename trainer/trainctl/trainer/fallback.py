@@ -5,6 +5,7 @@ from pathlib import Path
 
 from trainctl.trainer.core import Core
 from trainctl.wire.manifest import list_checkpoints, pick, unreadable
+from trainctl.wire.messages import BestBy
 
 _LAST = {None, "", "1", "last"}
 
@@ -27,15 +28,17 @@ class Choice:
     named: bool
 
 
-def choice(checkpoints: Path, asked: str | None) -> Choice:
-    """The one that was asked for by name, or all of the live branch: the newest first, known damage last.
+def choice(checkpoints: Path, asked: str | None, best_by: BestBy | None = None) -> Choice:
+    """The one that was asked for, or all of the live branch: the newest first, known damage last.
+
+    `best_by` says which one `best` is.
 
     What was found to be damaged is tried again when nothing else is left, for it may have been the file system that
     failed. So a run that has checkpoints never begins anew by itself.
     """
     known = list_checkpoints(checkpoints)
     if asked not in _LAST:
-        target = pick(known, str(asked))
+        target = pick(known, str(asked), best_by)
         names = [target.id] if target is not None else [name for name, _, _ in unreadable(checkpoints) if name == asked]
         return Choice(candidates=names, damaged=[], named=True)
     live = [info for info in reversed(known) if not info.abandoned]

@@ -151,6 +151,15 @@ class Link:
     def connected(self) -> bool:
         return self._socket is not None and self._welcomed
 
+    @property
+    def newest(self) -> int:
+        """The number of the newest record, 0 before the first."""
+        return self._next - 1
+
+    def on_disk(self, number: int) -> bool:
+        """Whether the hub has every record up to `number` on disk, as far as they are not lost."""
+        return not self._kept or self._kept[0][0] > number
+
     def record(self, body: Rows | Ranks | Event, now: float) -> None:
         """Number a record, keep it until the hub has it on disk, and queue it."""
         encoded = codec.encode(LinkRecord(link=self._next, body=body))

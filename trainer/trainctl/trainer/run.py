@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -30,7 +31,8 @@ from trainctl.trainer import attach as attaching
 from trainctl.trainer import forks
 from trainctl.trainer.actions import begin_save, position
 from trainctl.trainer.buffer import NARROW, StepMark
-from trainctl.trainer.checkpoint import MEMORY_CHECKPOINTS, Accessor
+from trainctl.trainer.checkpoint import MEMORY_CHECKPOINTS, Accessor, Retention
+from trainctl.trainer.checkpoint.script_files import script_files
 from trainctl.trainer.control import InDoubt
 from trainctl.trainer.core import Callbacks
 from trainctl.trainer.evaluation import batches as evaluation_batches
@@ -91,6 +93,9 @@ class Run:
         flops_per_step: float | None = None,
         peak_flops: float | None = None,
         sinks: Sequence[str] = (),
+        keep: Retention | None = None,
+        save: Callable[[Path], None] | None = None,
+        load: Callable[[Path], None] | None = None,
         memory_checkpoints: int = MEMORY_CHECKPOINTS,
         memory_budget: int | None = None,
         preempt_signal: str | None = None,
@@ -104,6 +109,10 @@ class Run:
         `flops_per_step` is what one step costs over all ranks, forward and backward, where the script knows it better
         than `measure_flops` would; `peak_flops` what one device can do, in FLOP/s: both only for showing the MFU.
         `sinks` names where the hub copies the history to besides, such as ["tensorboard"] (docs/sinks.md).
+        `keep` says which checkpoints stay, such as Retention(last=3, metric="val_loss"); without it all do.
+        `save(directory)` and `load(directory)` take the place of our own saving of models, optimizers, schedulers and
+        scaler: every rank calls them at the boundary, to write its files into the checkpoint's directory and to read
+        them back once they were verified (docs/retention.md says what is promised then; no state stays in memory).
         `memory_checkpoints` states stay in host memory for a fast rollback, 0 for none, within `memory_budget` bytes on
         each rank; without it within this rank's part of a quarter of what is free on its node (docs/checkpoints.md).
         `preempt_signal`, such as "USR1", becomes one checkpoint and a stop on all ranks, whichever rank gets it; for
@@ -117,6 +126,8 @@ class Run:
         _check_flops(flops_per_step=flops_per_step, peak_flops=peak_flops)
         if config is not None and not isinstance(config, Mapping):
             raise TypeError(f"config takes a mapping, such as vars(args), not {type(config).__name__}")
+        if keep is not None and not isinstance(keep, Retention):
+            raise TypeError(f"keep takes a Retention, such as Retention(last=3), not {type(keep).__name__}")
         script = attaching.Script(
             name=name,
             models=_several(model, nn.Module, "model"),
@@ -131,6 +142,8 @@ class Run:
             flops_per_step=flops_per_step,
             peak_flops=peak_flops,
             sinks=_names(sinks),
+            keep=keep,
+            files=script_files(save, load),
             memory_checkpoints=memory_checkpoints,
             memory_budget=memory_budget,
         )
@@ -384,7 +397,7 @@ class Run:
             )
         else:
             loaded = core.checkpointer.load(core.resumed_from)
-            core.checkpointer.commit(loaded, restore_overrides=False)  # they are set already
+            core.checkpointer.commit(loaded, restore_overrides=False, script=False)  # these are restored already
             position(core, loaded, tell=False)
 
     def _intervals(self, step: int) -> None:

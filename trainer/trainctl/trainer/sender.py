@@ -23,6 +23,7 @@ from trainctl.trainer.leader import Leader, update_of
 from trainctl.trainer.link import Link, wait_readable
 from trainctl.trainer.meeting import Connection, StoreSilent
 from trainctl.trainer.preemption import Preemption
+from trainctl.trainer.pruning import Pruner
 from trainctl.trainer.rank_ranges import RANKS_TOLD, RankRanges, Recently, Report, decode_report, encode_report, in_runs
 from trainctl.trainer.rows import RowMaker
 from trainctl.trainer.tally import Tally, clip_of
@@ -37,6 +38,7 @@ from trainctl.wire.messages import (
     LinkCommand,
     LinkInfo,
     LinkProgress,
+    LinkTrouble,
     Ranks,
     Rows,
     RunInfo,
@@ -55,6 +57,7 @@ _RANKS_A_RECORD = 200  # so that a record fits a packet of the link, whatever th
 _GOODBYE_S = 10.0  # the hub of a very short run may only be starting, and one that takes what is left gets this long
 _SILENT_S = 3.0  # one that was there and says nothing is frozen
 _NO_STEP_S = 30.0
+_DELETED_S = 2.0
 
 
 class Figures:
@@ -146,6 +149,7 @@ class Sender(threading.Thread):
         self._link = link
         self._leader = leader
         self._info = info
+        self._pruner = Pruner(core, core.retention) if core.place.leads and core.retention is not None else None
         self._preemption = preemption
         self._rows = RowMaker(
             attempt=core.identity.attempt, incarnation=core.incarnation, completed=core.boundary.completed
@@ -213,8 +217,12 @@ class Sender(threading.Thread):
         else:
             self._drain(now)
             for message in self._link.tick(now):
-                if self._leader is not None and isinstance(message, LinkCommand | LinkCancel):
+                if isinstance(message, LinkTrouble):
+                    core.troubles = message.troubles
+                elif self._leader is not None and isinstance(message, LinkCommand | LinkCancel):
                     self._leader.submit(message)
+        if self._pruner is not None:
+            self._pruner.tick(self._link)
         for name, seconds in core.phases.take().items():
             self._phases_s[name] = self._phases_s.get(name, 0.0) + seconds
         if self._link is not None and (now >= self._next_state or core.state() != self._state_since[0]):
@@ -384,11 +392,15 @@ class Sender(threading.Thread):
     def _settle_saves(self, now: float) -> None:
         for save in [save for save in self._core.saves if save.pending.done()]:
             self._core.saves.remove(save)
+            if self._pruner is not None and save.pending.result().error is None:
+                self._pruner.saved()
             if self._link is not None:
                 for event in saved_events(self._core, save):
                     self._link.record(event, now)
 
     def _goodbye(self) -> None:
+        if self._pruner is not None:
+            self._pruner.finish(_DELETED_S)
         if self._link is None:
             return
         link, deadline = self._link, time.monotonic() + _GOODBYE_S

@@ -10,7 +10,7 @@ from trainctl.client.errors import ClientError
 from trainctl.client.lines import arguments
 from trainctl.client.session import Session
 from trainctl.tui.dialog import Wish
-from trainctl.tui.dialogs import SIMPLE_DIALOGS, RollbackDialog, TunablesDialog
+from trainctl.tui.dialogs import SIMPLE_DIALOGS, RemoveDialog, RollbackDialog, TunablesDialog
 from trainctl.tui.event_lines import Progress
 from trainctl.tui.keyline import ACTING, off_reason
 from trainctl.tui.theme import Look
@@ -94,20 +94,18 @@ class Commander:
             self.app.run_worker(self._open_tunables(), group="dialog", exclusive=True)
         elif command == "cancel":
             self._cancel_newest()
+        elif not target:  # what is left is about one checkpoint
+            self.say("choose a checkpoint first: 4 lists them, K keeps the chosen one", Tone.WARNING)
+        elif command == "checkpoint rm":
+            self.app.push_screen(RemoveDialog(self.model, self.look, target), self.start)
         else:
-            self._pin(target, pin=command == "checkpoint pin")
+            kind = CheckpointPin if command == "checkpoint pin" else CheckpointUnpin
+            self.start(Wish(action=kind(checkpoint=target)))
 
     def toggle_pin(self, checkpoint: str) -> None:
         """Keep a checkpoint, or leave it to the retention again."""
         pinned = any(info.pinned for info in self.model.checkpoints if info.id == checkpoint)
         self.press("checkpoint unpin" if pinned else "checkpoint pin", target=checkpoint)
-
-    def _pin(self, checkpoint: str, *, pin: bool) -> None:
-        if not checkpoint:
-            self.say("choose a checkpoint first: 4 lists them, K keeps the chosen one", Tone.WARNING)
-            return
-        kind = CheckpointPin if pin else CheckpointUnpin
-        self.start(Wish(action=kind(checkpoint=checkpoint)))
 
     def _cancel_newest(self) -> None:
         waiting = [update.id for update in self.model.commands.values() if update.state == "accepted"]

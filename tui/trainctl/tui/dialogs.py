@@ -20,6 +20,7 @@ from trainctl.wire.commands import (
     Abort,
     Action,
     AddNote,
+    CheckpointRemove,
     CheckpointSave,
     LrScale,
     LrSet,
@@ -210,6 +211,28 @@ class RestartDialog(Dialog):
 
     def wish(self) -> Wish:
         return Wish(action=Restart())
+
+
+class RemoveDialog(Dialog):
+    """Delete one checkpoint for good."""
+
+    title_text = "Delete a checkpoint"
+    verb = "delete"
+    AUTO_FOCUS = ""
+
+    def __init__(self, model: RunModel, look: Look, checkpoint: str) -> None:
+        super().__init__(model, look)
+        self.checkpoint = checkpoint
+
+    def body(self) -> Iterable[Widget]:
+        info = next((info for info in self.model.checkpoints if info.id == self.checkpoint), None)
+        what = f"{self.checkpoint} of step {info.step:,}" if info is not None else self.checkpoint
+        yield Static(f"{what} is deleted from the disk. Nothing brings it back.", classes="words", markup=False)
+        aside = "The last good checkpoint and pinned ones are never deleted."
+        yield Static(aside, classes="words aside", markup=False)
+
+    def wish(self) -> Wish:
+        return Wish(action=CheckpointRemove(checkpoint=self.checkpoint))
 
 
 class RollbackDialog(Dialog):

@@ -12,7 +12,7 @@ loaded.restore_rng()
 from trainctl.trainer.checkpoint.checkpointer import MEMORY_CHECKPOINTS, Checkpointer
 from trainctl.trainer.checkpoint.errors import CheckpointError
 from trainctl.trainer.checkpoint.load import Loaded
-from trainctl.trainer.checkpoint.retention import expired, prune, remove
+from trainctl.trainer.checkpoint.retention import Progress, Retention, expired, prune
 from trainctl.trainer.checkpoint.save import PendingSave, SaveResult
 from trainctl.trainer.checkpoint.state import Accessor, State, Stateful
 
@@ -23,10 +23,11 @@ __all__ = [
     "Checkpointer",
     "Loaded",
     "PendingSave",
+    "Progress",
+    "Retention",
     "SaveResult",
     "State",
     "Stateful",
     "expired",
     "prune",
-    "remove",
 ]

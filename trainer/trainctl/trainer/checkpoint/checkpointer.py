@@ -5,7 +5,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ from trainctl.trainer.checkpoint.ranks import Ranks
 from trainctl.trainer.checkpoint.recall import recall
 from trainctl.trainer.checkpoint.restore import commit
 from trainctl.trainer.checkpoint.retention import sweep
-from trainctl.trainer.checkpoint.save import PendingSave, Snapshot, Taken, Writing, write
+from trainctl.trainer.checkpoint.save import PendingSave, Snapshot, Taken, Writing, stage_script, write
 from trainctl.trainer.checkpoint.stage import layout_of, on_device
 from trainctl.trainer.checkpoint.state import State
-from trainctl.wire.messages import CheckpointInfo
+from trainctl.wire.messages import BestBy, CheckpointInfo
 from trainctl.wire.rundir import RUN_ID
 
 MEMORY_CHECKPOINTS = 3
@@ -41,6 +41,8 @@ class Checkpointer:
 
     `memory_checkpoints` states stay in host memory, within `memory_budget` bytes on this rank (None: its share of what
     is free on the node, which `local_ranks` ranks divide among them); 0 keeps none but the one that is being written.
+    Where the script saves its own files none is kept: what is in them is on disk alone. `best_by` says by which metric
+    the best of those in memory is found.
 
     `directory` is the run's `checkpoints` directory, `group` a gloo group that nobody else uses (None for one rank).
     What a crash left half-written is removed when rank 0 makes its own. Raises ValueError without a group for ranks.
@@ -58,13 +60,16 @@ class Checkpointer:
         memory_checkpoints: int = MEMORY_CHECKPOINTS,
         memory_budget: int | None = None,
         local_ranks: int = 1,
+        best_by: BestBy | None = None,
     ) -> None:
         self.directory = Path(directory)
         self.state = state
         self._run_id = run_id
         self._ranks = Ranks(rank=rank, world_size=world_size, group=group)
         budget = shared_budget(local_ranks) if memory_budget is None else fixed_budget(memory_budget)
-        self._tier = MemoryTier(keep=memory_checkpoints, budget=budget)
+        self._tier = MemoryTier(keep=memory_checkpoints if state.script is None else 0, budget=budget)
+        best_metric = best_by.metric if best_by is not None else None
+        self._telling = frozenset({"val_loss", "loss"} if best_metric is None else {"val_loss", "loss", best_metric})
         self._in_memory: list[CheckpointInfo] = []
         self._pace = Pace()
         self._background = Background(self._pace)
@@ -123,13 +128,14 @@ class Checkpointer:
         """Copy the state into host buffers and write it in the background, after those that are not written yet.
 
         Call it on every rank. Where every buffer is still being written, `may_leave_out` leaves this save out, told by
-        its result, and without it the oldest write is waited for, as part of the stall. Whatever fails, a state that is
-        not data or a full disk, is told by the result, on all ranks alike. Raises ValueError for an id that is no file
-        name.
+        its result, and without it the oldest write is waited for, as part of the stall. So is every write where the
+        script saves its own files, which the ranks do together. Whatever fails, a state that is not data or a full
+        disk, is told by the result, on all ranks alike. Raises ValueError for an id that is no file name.
         """
         _check_id(id)
         started = time.perf_counter()
-        slot, staged = self._staged(may_leave_out=may_leave_out)
+        problem = self._stage_script(id) if self.state.script is not None else None
+        slot, staged = self._staged(may_leave_out=may_leave_out) if problem is None else (None, problem)
         snapshot = Snapshot(
             id=id,
             run_id=self._run_id,
@@ -141,7 +147,7 @@ class Checkpointer:
             note=note,
             **staged,
         )
-        if slot is not None:
+        if slot is not None and self.state.script is None:
             slot.state = snapshot
         pending = PendingSave(
             id=id,
@@ -155,6 +161,16 @@ class Checkpointer:
             self._background.put(lambda: self._grow(slot))
         return pending
 
+    def _stage_script(self, checkpoint_id: str) -> dict[str, Any] | None:
+        """Have the script write its files on every rank; what all ranks know then, where it failed."""
+        assert self.state.script is not None
+        self._settle()  # a write in the background talks over the same group: the ranks would wait for one another
+        try:
+            stage_script(self.directory, checkpoint_id, self.state.script, self._ranks)
+        except CheckpointError as error:
+            return {"problem": str(error), "agreed": True}
+        return None
+
     def _write(self, snapshot: Snapshot, slot: Slot | None) -> int:
         """Write what was staged, and leave it in memory where every rank has it, whatever becomes of the files."""
         everywhere = False
@@ -162,7 +178,7 @@ class Checkpointer:
         def taken(found: Taken) -> None:
             nonlocal everywhere
             everywhere = True
-            known = {info.id: info for info in [*self._in_memory, _info(snapshot, found.bytes)]}
+            known = {info.id: info for info in [*self._in_memory, _info(snapshot, found.bytes, self._telling)]}
             self._in_memory = [known[name] for name in found.in_memory if name in known]
 
         try:
@@ -194,7 +210,8 @@ class Checkpointer:
         except Exception as error:  # noqa: BLE001 - a state_dict of the user's may raise anything; all ranks are told
             problem = f"the state cannot be taken: {type(error).__name__}: {error}"
         else:
-            return slot, {"tensors": tensors, "shared": shared.nodes, "own": own.nodes}
+            staged = self.state.script is not None
+            return slot, {"tensors": tensors, "shared": shared.nodes, "own": own.nodes, "staged": staged}
         if slot is not None:
             self._tier.release(slot, keep=False)
         return None, {"problem": problem}
@@ -241,9 +258,11 @@ class Checkpointer:
             missing = ", ".join(str(rank) for rank, has in enumerate(having) if not has)
             raise CheckpointError(f"{error}; in memory it is not on rank {missing}") from None
 
-    def commit(self, loaded: Loaded, *, restore_overrides: bool = True) -> None:
+    def commit(self, loaded: Loaded, *, restore_overrides: bool = True, script: bool = True) -> None:
         """Copy a loaded checkpoint into the live state. No collective, nothing to verify: assignment only.
 
+        Where the script loads its own files, its `load` is called, unless `script` is false: that is more than
+        assignment, and what it raises passes through.
         `restore_overrides=False` leaves the operator's overrides and the tunables as they are now. Afterwards make the
         data iterator anew, then call `loaded.restore_rng()`. Raises CheckpointError, before anything is touched, for
         one from memory that a later save has overwritten.
@@ -252,6 +271,8 @@ class Checkpointer:
             raise CheckpointError(f"checkpoint {loaded.id} was overwritten in memory by a later save: load it again")
         if self.state.overrides is not None:
             self.state.overrides.heal()
+        if script and loaded.script is not None and self.state.script is not None:
+            self.state.script.load(loaded.script)
         devices = {name: tensor.device for name, tensor in capture_shared(self.state).tensors.items()}
         commit(self.state, loaded, devices=devices, restore_overrides=restore_overrides)
 
@@ -265,7 +286,7 @@ class Checkpointer:
             pending.result()
 
 
-def _info(snapshot: Snapshot, size: int) -> CheckpointInfo:
+def _info(snapshot: Snapshot, size: int, telling: Collection[str]) -> CheckpointInfo:
     """It goes with every heartbeat, so of the metrics only those that tell which is the best."""
     return CheckpointInfo(
         id=snapshot.id,
@@ -273,7 +294,7 @@ def _info(snapshot: Snapshot, size: int) -> CheckpointInfo:
         time=snapshot.time,
         bytes=size,
         incarnation=snapshot.incarnation,
-        metrics={name: value for name, value in snapshot.metrics.items() if name in {"val_loss", "loss"}},
+        metrics={name: value for name, value in snapshot.metrics.items() if name in telling},
         where="memory",
         note=snapshot.note[:_NOTE] if snapshot.note is not None else None,
         in_memory=True,

@@ -20,6 +20,7 @@ from trainctl.trainer.checkpoint.ranks import Ranks
 from trainctl.trainer.checkpoint.resized import not_exact
 from trainctl.trainer.checkpoint.rng import restore_rng
 from trainctl.trainer.checkpoint.save import DCP_METADATA, rank_file
+from trainctl.trainer.checkpoint.script_files import FOLDER, has_script_files
 from trainctl.trainer.checkpoint.sharded import local_part, twin
 from trainctl.trainer.checkpoint.state import State
 from trainctl.trainer.checkpoint.tree import Node, decode
@@ -60,6 +61,7 @@ class Loaded:
     same_ranks: bool = True
     from_memory: bool = False
     whole: Callable[[], bool] = field(default=lambda: True, repr=False)  # false once a later save took its memory
+    script: Path | None = None  # where the script's own files are, verified
 
     @property
     def counters(self) -> dict[str, Any]:
@@ -159,6 +161,10 @@ def _read_rank(path: Path, manifest: Manifest, ranks: Ranks, state: State, live:
         raise CheckpointError(f"{manifest.id}/{name} belongs to {content['id']}; {_REPLACE}")
     shared: dict[str, Node] = content["shared"]
     own: dict[str, Node] = content["own"]
+    by_script = has_script_files(manifest)
+    if by_script is not (state.script is not None):
+        written, wants = ("by the script's own save=", "load=") if by_script else ("by trainctl", "none of load=")
+        raise CheckpointError(f"{manifest.id} was written {written}, so Run.attach needs {wants}: nothing was changed")
     notes = compare_parts(state, live, shared, own)
     if not same:
         loader = decode(own["loader"], _no_reference) if "loader" in own else None
@@ -182,6 +188,7 @@ def _read_rank(path: Path, manifest: Manifest, ranks: Ranks, state: State, live:
         own=own,
         tensors=tensors,
         same_ranks=same,
+        script=path / FOLDER if by_script else None,
     )
 
 

@@ -25,6 +25,7 @@ from trainctl.trainer.checkpoint.background import Background, Pace
 from trainctl.trainer.checkpoint.errors import CheckpointError, RanksLost
 from trainctl.trainer.checkpoint.paced_files import PacedWriter
 from trainctl.trainer.checkpoint.ranks import Ranks
+from trainctl.trainer.checkpoint.script_files import ScriptFiles, let_save, vouch_for
 from trainctl.trainer.checkpoint.sharded import local_part
 from trainctl.trainer.checkpoint.tree import Node
 from trainctl.wire.manifest import MANIFEST, Manifest, ManifestFile, hash_file, write_manifest
@@ -68,6 +69,8 @@ class Snapshot:
     own: dict[str, Node] = field(default_factory=dict)
     problem: str | None = None
     time: float = field(default_factory=time.time)
+    agreed: bool = False  # every rank has the same problem, and knows it
+    staged: bool = False  # the script's own files are in the stage directory already
 
 
 class PendingSave:
@@ -143,13 +146,19 @@ class Writing:
 def write(directory: Path, snapshot: Snapshot, ranks: Ranks, writing: Writing) -> int:
     """Make the snapshot a checkpoint; its size in bytes. A collective. Raises CheckpointError, alike on all ranks."""
     stage = directory / f".{snapshot.id}.stage"
+    if snapshot.agreed:
+        raise CheckpointError(str(snapshot.problem))
     try:
         taken = _taken(snapshot, ranks, writing.held())
         writing.taken(taken)
-        ranks.on_first(
-            "the checkpoint cannot be begun", lambda: _open_stage(directory, stage, snapshot.id, taken.bytes)
-        )
-        files = _write_files(stage, snapshot, ranks, writing.pace)
+        theirs: list[ManifestFile] = []
+        if snapshot.staged:
+            theirs = vouch_for(stage, ranks, writing.pace)
+        else:
+            ranks.on_first(
+                "the checkpoint cannot be begun", lambda: _open_stage(directory, stage, snapshot.id, taken.bytes)
+            )
+        files = [*theirs, *_write_files(stage, snapshot, ranks, writing.pace)]
         ranks.on_first("the checkpoint cannot be completed", lambda: _commit(directory, stage, snapshot, ranks, files))
     except CheckpointError as error:
         if ranks.first:
@@ -158,6 +167,22 @@ def write(directory: Path, snapshot: Snapshot, ranks: Ranks, writing: Writing) -
         told = str(error)
         raise CheckpointError(told if _STANDS in told else f"{told}; training goes on and {_STANDS}") from None
     return sum(file.bytes for file in files)
+
+
+def stage_script(directory: Path, checkpoint_id: str, files: ScriptFiles, ranks: Ranks) -> None:
+    """Open the stage directory and have the script write into it. A collective for the training thread.
+
+    No save may be running in the background: it uses the same group. Raises CheckpointError, alike on all ranks; then
+    nothing of it is left.
+    """
+    stage = directory / f".{checkpoint_id}.stage"
+    try:
+        ranks.on_first("the checkpoint cannot be begun", lambda: _open_stage(directory, stage, checkpoint_id, 0))
+        let_save(files, stage, ranks)
+    except CheckpointError:
+        if ranks.first:
+            shutil.rmtree(stage, ignore_errors=True)
+        raise
 
 
 def _taken(snapshot: Snapshot, ranks: Ranks, held: list[str]) -> Taken:

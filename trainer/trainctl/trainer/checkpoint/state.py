@@ -7,6 +7,7 @@ from typing import Any, Protocol, TypeAlias, runtime_checkable
 from torch import nn
 from torch.optim import Optimizer
 
+from trainctl.trainer.checkpoint.script_files import ScriptFiles
 from trainctl.trainer.overrides import Overrides
 
 
@@ -36,7 +37,8 @@ class State:
 
     Tensors of `models`, `optimizers` and `tracked` go through torch.distributed.checkpoint: sharded ones (DTensor) as
     they are, plain ones as the same on every rank, of which the lowest rank's are kept. All else is kept for each rank.
-    `tracked`, `tunables` and `counters` may be added to after the state was made.
+    `tracked`, `tunables` and `counters` may be added to after the state was made. With `script` the script saves and
+    loads its models, optimizers, schedulers and scaler by itself, and none of them is given here.
     """
 
     models: Sequence[nn.Module] = ()
@@ -49,3 +51,4 @@ class State:
     tunables: MutableMapping[str, Any] | Accessor = field(default_factory=dict)
     trials: Stateful | None = None  # changes that undo themselves
     counters: MutableMapping[str, Any] | Accessor = field(default_factory=dict)
+    script: ScriptFiles | None = None
