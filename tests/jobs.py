@@ -43,7 +43,16 @@ def trainctl_json(*words: str, timeout_s: float = 60.0) -> Any:
 class Job:
     """A torchrun job of `ranks` ranks on one of tests/scripts. Each rank writes `rank-N.jsonl` in `output`."""
 
-    def __init__(self, script: str, ranks: int, output: Path, arguments: Sequence[str] = (), **env: str) -> None:
+    def __init__(
+        self,
+        script: str,
+        ranks: int,
+        output: Path,
+        arguments: Sequence[str] = (),
+        *,
+        arguments_before: Sequence[str] = (),
+        **env: str,
+    ) -> None:
         output.mkdir(parents=True, exist_ok=True)
         self.output = output
         self.ranks = ranks
@@ -53,7 +62,7 @@ class Job:
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
         command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
         self.process = subprocess.Popen(
-            [*command, str(_SCRIPTS / script), str(output), *arguments],
+            [*command, str(_SCRIPTS / script), *arguments_before, str(output), *arguments],
             stdout=self._log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -107,8 +116,16 @@ def end_tree(process: subprocess.Popen[Any], home: Path | None = None) -> None:
 
 
 @contextmanager
-def job(script: str, ranks: int, output: Path, arguments: Sequence[str] = (), **env: str) -> Iterator[Job]:
-    running = Job(script, ranks, output, arguments, **env)
+def job(
+    script: str,
+    ranks: int,
+    output: Path,
+    arguments: Sequence[str] = (),
+    *,
+    arguments_before: Sequence[str] = (),
+    **env: str,
+) -> Iterator[Job]:
+    running = Job(script, ranks, output, arguments, arguments_before=arguments_before, **env)
     try:
         yield running
     finally:

@@ -1,9 +1,12 @@
 """Trains next to nothing, in step with the other ranks, and writes down every command as it is applied.
 
-usage: steered.py OUTPUT [--sleep S] [--steps N] [--eval-every N] [--long-evaluation]
+usage: steered.py OUTPUT [--sleep S] [--steps N] [--eval-every N] [--long-evaluation] [--timeout S]
+
+--timeout S: of the process group and of the store that it is made through.
 """
 
 import argparse
+import datetime as dt
 import itertools
 import json
 import os
@@ -63,9 +66,10 @@ def main() -> None:
     parser.add_argument("--sleep", type=float, default=0.01)
     parser.add_argument("--eval-every", type=int)
     parser.add_argument("--long-evaluation", action="store_true")
+    parser.add_argument("--timeout", type=float, default=1800.0)
     given = parser.parse_args()
     rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=dt.timedelta(seconds=given.timeout))
     runs: list[Run] = []
     record_what_is_applied(given.output / f"applied-{rank}.jsonl", runs)
     torch.manual_seed(1)
@@ -92,7 +96,7 @@ def main() -> None:
             time.sleep(given.sleep)
             step, incarnation, used = run.step + 1, run.incarnation, x.value
             run.step_done()
-            line = {"step": step, "incarnation": incarnation, "x": used}
+            line = {"step": step, "incarnation": incarnation, "x": used, "time": time.time()}
             print(json.dumps(line), file=record, flush=True)
     dist.destroy_process_group()
 

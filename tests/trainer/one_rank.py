@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trainctl.trainer.actions import Actions, begin_save, refusal
-from trainctl.trainer.agreement import Outcome, Proposal, in_two_phases
+from trainctl.trainer.agreement import CANCEL, COMMIT, GO, Outcome, Proposal, in_two_phases
 from trainctl.trainer.boundary import Armed, Boundary
 from trainctl.trainer.buffer import RowBuffer
 from trainctl.trainer.checkpoint import Accessor, Checkpointer, State
@@ -15,6 +15,7 @@ from trainctl.trainer.core import Callbacks, Core
 from trainctl.trainer.identity import RankIdentity, RunIdentity
 from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
+from trainctl.trainer.protocol import RankEvent
 from trainctl.trainer.tunables import Tunables, TunableValue
 from trainctl.wire.commands import Act, Command, Rollback
 from trainctl.wire.messages import CommandUpdate, Note
@@ -29,15 +30,19 @@ class AloneInAgreement:
     def is_alive(self) -> bool:
         return True
 
-    def going(self, _armed: Armed) -> bool:
-        return True
+    def going(self, armed: Armed) -> bool:
+        armed.decide(GO)
+        return bool(armed.going())
 
     gather_limit_s = 30.0
 
-    def together(self, _armed: Armed) -> bool:
+    def together(self, armed: Armed) -> bool:
+        armed.on(RankEvent.ALL)
         return True
 
-    def staged(self, _armed: Armed, told: Outcome) -> bool:
+    def staged(self, armed: Armed, told: Outcome) -> bool:
+        armed.stage()
+        armed.judge(COMMIT if told.ok else CANCEL)
         return told.ok
 
 

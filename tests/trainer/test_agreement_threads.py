@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
-from trainctl.trainer.actions import Actions, refusal
-from trainctl.trainer.agreement import Seal, in_two_phases
+from trainctl.trainer.actions import Actions, Staged, refusal
+from trainctl.trainer.agreement import Outcome, Proposal, Seal, in_two_phases
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.buffer import RowBuffer
 from trainctl.trainer.control import Control, InDoubt
@@ -22,6 +22,18 @@ from trainctl.trainer.tunables import Tunables, TunableValue
 from trainctl.wire.commands import Action, Command, Pause, Resume, SetTunable, Stop
 from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand
 from waiting import until
+
+
+class Recording(Actions):
+    """Writes down what is set, as it is set."""
+
+    applied: list[tuple[int, object]]
+
+    def _apply(self, proposal: Proposal, staged: Staged) -> Outcome:
+        outcome = super()._apply(proposal, staged)
+        if outcome.ok and isinstance(proposal.command.action, SetTunable):
+            self.applied.append((outcome.step, outcome.after))
+        return outcome
 
 
 class Rank:
@@ -49,7 +61,7 @@ class Rank:
             callbacks=Callbacks(),
         )
         self.applied: list[tuple[int, object]] = []
-        self.core.tunables.add(TunableValue("x", 0, on_change=self._changed))
+        self.core.tunables.add(TunableValue("x", 0))
         seal = Seal(b"secret", 1)
         self.control = Control(
             rank=number,
@@ -59,15 +71,13 @@ class Rank:
             talking=Connection(store, "p", seal),
             refusal=lambda proposal: refusal(self.core, proposal),
         )
-        self.actions = Actions(self.core, self.control)
+        self.actions = Recording(self.core, self.control)
+        self.actions.applied = self.applied
         self.together = together
         self.work = threading.Event()
         self.free = threading.Event()
         self.free.set()
         self.training = threading.Thread(target=self._train, daemon=True)
-
-    def _changed(self, value: object) -> None:
-        self.applied.append((self.core.boundary.completed, value))
 
     def _train(self) -> None:
         boundary = self.core.boundary
@@ -126,17 +136,21 @@ class Job:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_commands_are_applied_at_one_step_on_every_rank(ranks: int, tmp_path: Path) -> None:
+def test_commands_are_applied_at_one_step_on_every_rank(
+    ranks: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     job = Job(ranks, tmp_path)
     sent = [job.send(SetTunable(name="x", value=number)) for number in range(1, 21)]
     outcomes = [job.outcome(command) for command in sent]
     job.close()
     applied = [(u.step, u.after) for u in outcomes if u.state == "applied"]
-    assert applied, "commands came through"
     for rank in job.ranks:
         assert rank.applied == applied, "each rank did exactly what the operator was told, at the step that was told"
     assert {u.state for u in outcomes} <= {"applied", "failed"}
     assert all("could not agree" in str(u.reason) for u in outcomes if u.state == "failed")
+    # The margin adapts, so that even on a busy machine, where steps of a millisecond are hard to meet, few fail.
+    assert len(applied) >= 15
+    assert not [record for record in caplog.records if record.levelname == "ERROR"], "each event is in the table"
 
 
 def test_what_expired_before_its_boundary_is_never_applied(tmp_path: Path) -> None:
@@ -220,7 +234,6 @@ def test_a_command_that_comes_after_the_end_is_answered(tmp_path: Path) -> None:
 
 def test_a_rank_whose_store_is_silent_stops_rather_than_guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trainctl.trainer import control as module
-    from trainctl.trainer.agreement import Proposal
     from trainctl.trainer.boundary import Armed
     from trainctl.trainer.meeting import StoreSilent
 

@@ -54,6 +54,7 @@ class Staged:
     declined: bool = False
     expired: bool = False
     loaded: Loaded | None = None
+    tried: Scalar = None  # what a tunable was before the script's own callback was tried with the new value
 
 
 class Actions:
@@ -85,7 +86,8 @@ class Actions:
             core.boundary.wake.wait(_HOLD_POLL_S)
             core.boundary.wake.clear()
             self._meet_one(inside=inside)
-            if self._control.is_alive():
+            if self._control.is_alive() and self._control.problem is None:
+                unreachable_since = None
                 continue
             unreachable_since = unreachable_since or time.monotonic()
             if time.monotonic() - unreachable_since > DOUBT_S:
@@ -114,7 +116,9 @@ class Actions:
                 return
             outcome = self._two_phases(armed) if armed.proposal.two_phase else self._apply(armed.proposal, Staged())
         except BaseException as error:
-            armed.finish(Outcome(ok=False, step=boundary.completed, reason=f"{type(error).__name__}: {error}"))
+            armed.finish(
+                Outcome(ok=False, step=boundary.completed, reason=f"{type(error).__name__}: {error}"), fell=True
+            )
             raise
         # Before the outcome is told: the next proposal looks at it.
         here = armed.proposal.position if inside else Position(boundary.completed)
@@ -161,6 +165,9 @@ class Actions:
         )
         if self._control.staged(armed, told):
             return self._apply(armed.proposal, staged)
+        action = armed.proposal.command.action
+        if staged.tried is not None and isinstance(action, SetTunable):
+            self._core.tunables.take_back(action.name, staged.tried)
         undo = armed.proposal.undo
         if undo is not None and self._changes.not_due(undo) is None:
             self._core.reverts.take(undo)  # its condition holds: confirmed, on every rank alike
@@ -188,7 +195,17 @@ class Actions:
         problem = unmet(core, proposal.command) if undo is None else self._changes.still_on_trial(undo)
         if problem is not None:
             return Staged(problem=problem, declined=True)
+        action = proposal.command.action
+        if undo is None and isinstance(action, SetTunable) and core.tunables.may_raise(action.name):
+            return self._try_out(action)
         return Staged(loaded=loaded)
+
+    def _try_out(self, action: SetTunable) -> Staged:
+        """The script's own callback is the one thing about a tunable that may fail: on every rank before it counts."""
+        tunables = self._core.tunables
+        before = tunables.values()[action.name]
+        problem = tunables.try_out(action.name, action.value)
+        return Staged(problem=f"{problem}. The value is as it was" if problem else None, tried=before)
 
     def _apply(self, proposal: Proposal, staged: Staged) -> Outcome:
         core, action, step = self._core, proposal.command.action, self._core.boundary.completed
@@ -201,7 +218,7 @@ class Actions:
             case Pause() | Resume():
                 before, after = self._hold(action, proposal.actor)
             case SetTunable(name=name) if not is_field(core, name):
-                before, after = self._changes.set(action, proposal, replaced)
+                before, after = self._changes.set(action, proposal, replaced, tried=staged.tried)
             case LrScale() | LrSet() | LrRelease() | SetTunable():
                 before, after = self._changes.override(action, proposal, replaced)
             case CheckpointSave(note=note):

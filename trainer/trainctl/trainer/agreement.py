@@ -2,10 +2,12 @@
 
     rank 0   proposes (number, command, step = completed + margin)
     rank R   answers  READY (armed for that boundary) | LATE (already past it) | REFUSED (cannot do it)
-    one key  decides  GO, by rank 0 when all are ready; ABORT, by rank 0 otherwise, or by any rank that has waited
-                      `PATIENCE_S` at its armed boundary. Written once by compare-and-set; all obey what they read back
+    one key  decides  GO, by rank 0 when all are ready; ABORT, by rank 0 otherwise, or by any rank that has waited for
+                      the proposal's `patience_s` at its armed boundary. Written once by compare-and-set; all obey
+                      what they read back
     GO       every rank applies at the boundary, or, in two phases (rollback, conditions), stages first:
-             all staged → COMMIT, any failed → CANCEL, and nothing was touched
+             all staged → COMMIT, any failed → CANCEL, and nothing was touched. CANCEL too by any staged rank that has
+             seen no sign of rank 0 for `DOUBT_S`
 
     THERE    nobody applies or stages before all ranks are at the boundary (gathering.py): one that said READY may leave
 
@@ -23,6 +25,7 @@ from trainctl.wire.commands import Command, Resume, Rollback
 from trainctl.wire.messages import Scalar
 
 PATIENCE_S = 0.1
+LONGEST_PATIENCE_S = 2.0
 TRIES = 3
 MAX_SKEW = 16  # steps; ranks tied by collectives are at most one apart
 DOUBT_S = 30.0
@@ -87,6 +90,7 @@ class Proposal(Struct, frozen=True, kw_only=True):
     expires_at: float | None = None  # Unix seconds: rank 0 declines it at the boundary when that is past
     undo: str | None = None  # the id of a change on trial whose time is over
     at: int = 0  # the step that rank 0 had completed when it proposed
+    patience_s: float = PATIENCE_S  # how long a rank waits at its armed boundary for the decision
     leaving: int | None = None  # no command: this rank left its loop, so there are no common boundaries any more
 
     @property
@@ -193,6 +197,14 @@ def fitted(margin: int, *, step_s: float, since_s: float, agreement_s: float) ->
     of another rank may come a little before rank 0's. A margin that was raised stays: ranks have just been late.
     """
     return 1 if margin == FIRST_MARGIN and step_s - since_s > 2 * agreement_s + _SKEW_S else margin
+
+
+def patience(slowest_s: float) -> float:
+    """How long ranks are to wait at the boundary where an agreement took up to `slowest_s`: hundreds take a while.
+
+    At least `PATIENCE_S`, as training stands meanwhile at most `LONGEST_PATIENCE_S`.
+    """
+    return min(max(PATIENCE_S, 3.0 * slowest_s), LONGEST_PATIENCE_S)
 
 
 def boundary_for(at: Position, margin: int, held_at: Position | None, *, inside: bool = False) -> Position:

@@ -35,6 +35,7 @@ from trainctl.trainer.control import Control
 from trainctl.trainer.core import Callbacks, Core
 from trainctl.trainer.descriptors import OwnSockets
 from trainctl.trainer.device import Accelerator, Pools
+from trainctl.trainer.exchange import Exchange
 from trainctl.trainer.feed import Feed
 from trainctl.trainer.figures import gpu_uuid
 from trainctl.trainer.flops import FlopMeter
@@ -45,9 +46,10 @@ from trainctl.trainer.meeting import Connection, Meeting, StoreSilent
 from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
 from trainctl.trainer.preemption import Preemption, Signalled
-from trainctl.trainer.sender import Figures, Sender
+from trainctl.trainer.reach import Reach
+from trainctl.trainer.sender import Sender
 from trainctl.trainer.tunables import Tunables
-from trainctl.wire.commands import CheckpointSave, Command, Rollback, spec_of
+from trainctl.wire.commands import CheckpointSave, Command, Rollback, SetTunable, spec_of
 from trainctl.wire.held_states import list_with_memory
 from trainctl.wire.manifest import pick
 from trainctl.wire.messages import LinkHello, RankPlace, RunInfo, Scalar
@@ -120,6 +122,7 @@ def start(script: Script) -> Parts:
     if script.optimizers:
         core.overrides = Overrides(script.optimizers, phase=core.phases.get("optimizer"))
         core.overrides.log_on_device = lambda metric, rate: core.log(core.row_step, {metric: rate})
+    core.tunables.complain = lambda text: core.complain("tunable", text)
     core.flops = _flop_meter(script, core, device)
     if script.loader is not None:
         core.feed = Feed(script.loader, capture_rng=capture_rng, restore_rng=restore_rng, world_size=place.world_size)
@@ -287,16 +290,18 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
     agent = None
     with _telling("this node's GPUs are not shown"):
         agent = NodeAgent(job=job_id() or identity.id, node=place.node) if place.local_rank == 0 else None
+    exchange = Exchange(core, control, connections.reading if connections else None)
     preemption = Preemption(
         core,
         control=control,
-        reading=connections.reading if connections else None,
+        reading=exchange,
         leader=leader,
         signalled=signalled,
     )
     sender = Sender(
         core,
-        figures=Figures(core, control, connections.reading if connections else None),
+        exchange=exchange,
+        reach=Reach(core, leader, exchange),
         agent=agent,
         link=link,
         leader=leader,
@@ -357,7 +362,8 @@ def prepare(core: Core, command: Command) -> Prepared | str:
     if core.boundary.closed or core.ending is not None:
         return "the run is ending: there is no further boundary"
     if not isinstance(action, Rollback):
-        return Prepared(two_phase=in_two_phases(command))
+        tried = isinstance(action, SetTunable) and core.tunables.may_raise(action.name)
+        return Prepared(two_phase=in_two_phases(command) or tried)  # what may fail, too
     held = core.checkpointer.in_memory if core.checkpointer is not None else []
     with core.deleting:
         known = list_with_memory(RunDir(core.identity.directory).checkpoints, held)
@@ -462,7 +468,9 @@ def run_info(script: Script, core: Core) -> RunInfo:
         job_id=job_id(),
         total_steps=core.total_steps,
         config=_plain(script.config),
-        capabilities=core.capabilities,
+        capabilities={
+            name: core.unreachable or able if able is True else able for name, able in core.capabilities.items()
+        },
         tunables=steering.tunables(core),
         ranks=core.rank_places,
         authenticated_ranks=identity.authenticated,

@@ -5,23 +5,32 @@ and then reads how far training is; the training thread sets how far it is and t
 comes second sees the other, so a proposal is either met or known to be late.
 """
 
+import logging
 import threading
 import time
 from typing import TYPE_CHECKING
 
-from trainctl.trainer.agreement import GO, PATIENCE_S, Outcome, Position, Proposal
+from trainctl.trainer.agreement import COMMIT, GO, Outcome, Position, Proposal
+from trainctl.trainer.protocol import Do, ProtocolError, Rank, RankEvent, rank_step
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+log = logging.getLogger(__name__)
 
 _new = tuple.__new__  # a NamedTuple's own constructor costs half a microsecond, and this is done at each step
 
 
 class Armed:
-    """One proposal on this rank: the control thread tells the decision, the training thread the outcome."""
+    """One proposal on this rank: the control thread tells the decision, the training thread the outcome.
+
+    Where it stands is `state`, by the table in `protocol`; the events wake whoever waits for one of them.
+    """
 
     def __init__(self, proposal: Proposal) -> None:
         self.proposal = proposal
+        self.state = Rank.ARMED
+        self._turn = threading.Lock()
         self.decision: bytes | None = None
         self.decided = threading.Event()
         self.verdict: bytes | None = None
@@ -33,16 +42,38 @@ class Armed:
         self.applied = threading.Event()
         self.doubt: Exception | None = None
 
+    def on(self, event: RankEvent) -> Do:
+        """Go on by the table; an error of ours is told and changes nothing, for training comes first."""
+        with self._turn:
+            try:
+                self.state, do = rank_step(self.state, event, two_phase=self.proposal.two_phase)
+            except ProtocolError as error:
+                log.exception("trainctl: proposal %d: %s", self.proposal.number, error)  # noqa: TRY401
+                return Do.NOTHING
+            return do
+
     def decide(self, decision: bytes) -> None:
+        self.on(RankEvent.GO if decision == GO else RankEvent.ABORT)
         self.decision = decision
         self.decided.set()
 
     def judge(self, verdict: bytes) -> None:
+        self.on(RankEvent.COMMIT if verdict == COMMIT else RankEvent.CANCEL)
         self.verdict = verdict
         self.judged.set()
 
-    def finish(self, outcome: Outcome) -> None:
+    def stage(self) -> None:
+        """All that can fail was done, well or not, and is told."""
+        self.on(RankEvent.STAGE)
+        self.staged = True
+        self.prepared.set()
+        if self.verdict is not None:  # called off before that
+            self.judge(self.verdict)
+
+    def finish(self, outcome: Outcome, *, fell: bool = False) -> None:
+        """`fell`: this rank left its loop, or raised."""
         if self.outcome is None:
+            self.on(RankEvent.FALL if fell else RankEvent.DONE)
             self.outcome = outcome
             self.applied.set()
             self.prepared.set()
@@ -54,10 +85,13 @@ class Armed:
         self.judged.set()
 
     def going(self) -> bool | None:
-        """Whether it was decided to go; None after `PATIENCE_S` without a decision."""
-        if not self.decided.wait(PATIENCE_S) or self.doubt is not None:
+        """At the boundary: whether it was decided to go; None where the proposal's patience ends without a decision."""
+        self.on(RankEvent.REACH)
+        self.decided.wait(self.proposal.patience_s)
+        if self.state is Rank.WAITING:
+            self.on(RankEvent.IMPATIENT)
             return None
-        return self.decision == GO
+        return self.state is not Rank.DROPPED
 
 
 class Boundary:
@@ -115,6 +149,6 @@ class Boundary:
 
     def miss(self, armed: Armed, reason: str) -> None:
         """This rank will not come to the boundary for which it is armed: nobody is to apply it."""
-        armed.finish(Outcome(ok=False, step=self.completed, reason=reason, declined=True))
+        armed.finish(Outcome(ok=False, step=self.completed, reason=reason, declined=True), fell=True)
         if self.withdraw is not None:
             self.withdraw(armed)

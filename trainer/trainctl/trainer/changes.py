@@ -31,10 +31,17 @@ class Changes:
             )
         return replaced
 
-    def set(self, action: SetTunable, proposal: Proposal, replaced: list[Revert]) -> tuple[Scalar, Scalar]:
-        core = self._core
-        was = TunableWas(value=core.tunables.values()[action.name], steered=core.tunables.is_steered(action.name))
-        before, after = core.tunables.apply(action.name, action.value)
+    def set(
+        self, action: SetTunable, proposal: Proposal, replaced: list[Revert], *, tried: Scalar = None
+    ) -> tuple[Scalar, Scalar]:
+        """`tried`: what the value was before it was tried out, where it was."""
+        tunables, core = self._core.tunables, self._core
+        steered = tunables.is_steered(action.name)
+        if tried is None:
+            before, after = tunables.apply(action.name, action.value)
+        else:
+            before, after = tunables.take(action.name, tried)
+        was = TunableWas(value=before, steered=steered)
         confirmed = [revert.before for revert in replaced if isinstance(revert.before, TunableWas)]
         self._on_trial(
             proposal, before=confirmed[-1] if confirmed else was, after=TunableWas(value=after, steered=True)

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from trainctl.trainer.agreement import (
     ABORT,
@@ -25,9 +26,11 @@ from trainctl.trainer.agreement import (
 )
 from trainctl.trainer.boundary import Armed, Boundary
 from trainctl.trainer.gathering import GATHER_S, GATHER_STEPS, Gathering, call_off, in_shadow, watch
-from trainctl.trainer.meeting import Connection, StoreSilent
+from trainctl.trainer.meeting import Connection, StoreCut, StoreSilent
+from trainctl.trainer.protocol import RankEvent
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 _AGAIN_S = 1.0
 _WITHDRAW_S = 1.0
@@ -68,7 +71,14 @@ class Control(threading.Thread):
         self._refusal = refusal
         self._number = 1
         boundary.withdraw = self._withdraw
-        self.problem: str | None = None
+        self._leaving = threading.Event()
+        self._failed: str | None = None
+
+    @property
+    def problem(self) -> str | None:
+        """Why no command reaches this rank; a connection that is cut may be made anew."""
+        cut = self._waiting.problem
+        return self._failed or (f"the job's store does not answer rank {self._rank}: {cut}" if cut else None)
 
     def put(self, key: str, content: bytes) -> None:
         """Write through the talking connection, from any thread. Raises `StoreSilent`."""
@@ -87,8 +97,7 @@ class Control(threading.Thread):
         armed: Armed | None = None
         try:
             while True:
-                self._waiting.wait([f"p/{self._number}"])
-                sealed = self._waiting.get(f"p/{self._number}")
+                sealed = self._hear(f"p/{self._number}")
                 proposal = decode_proposal(sealed) if sealed is not None else None
                 if proposal is not None and proposal.leaving is not None:
                     return
@@ -98,13 +107,13 @@ class Control(threading.Thread):
                     armed = None
                 self._number += 1
         except StoreSilent as error:
-            self.problem = "the job's store does not answer"
+            self._failed = "the job's store does not answer"
             if armed is not None:
                 armed.fail(error)
             if not self._boundary.closed:
                 log.warning("trainctl: no more commands in this attempt, training goes on: %s", error)
         except Exception as error:
-            self.problem = f"the control thread failed: {error}"
+            self._failed = f"the control thread failed: {error}"
             if armed is not None:
                 armed.fail(error)
             log.exception("trainctl: no more commands in this attempt, training goes on")
@@ -114,6 +123,7 @@ class Control(threading.Thread):
 
         A thread that still waits there when the interpreter ends would abort the process.
         """
+        self._leaving.set()
         deadline = time.monotonic() + timeout_s
         while self.is_alive() and (left_s := deadline - time.monotonic()) > 0:
             number = self._number
@@ -134,9 +144,8 @@ class Control(threading.Thread):
             if boundary.closed:
                 refusal = "the run has ended"
         given = answer(proposal.position, at=boundary.position, held_at=boundary.held_at, refusal=refusal)
-        self.put(f"a/{number}/{self._rank}", encode(given))
-        self._waiting.wait([f"d/{number}"])
-        armed.decide(self._waiting.get(f"d/{number}") or ABORT)
+        self._owe(f"a/{number}/{self._rank}", encode(given))
+        armed.decide(self._hear(f"d/{number}") or ABORT)
         if armed.decision != GO:
             boundary.disarm(armed)
             return
@@ -146,12 +155,36 @@ class Control(threading.Thread):
             self._until_met(armed, armed.prepared)
             if not armed.staged and armed.outcome is not None:
                 # The training thread left its loop, or raised, before it staged: the others must not wait for it.
-                self.put(f"l/{number}/{self._rank}", encode(armed.outcome))
-            self._waiting.wait([f"c/{number}"])
-            armed.judge(self._waiting.get(f"c/{number}") or CANCEL)
+                self._owe(f"l/{number}/{self._rank}", encode(armed.outcome))
+            armed.judge(self._hear(f"c/{number}") or CANCEL)
         self._until_met(armed, armed.applied)
         assert armed.outcome is not None
-        self.put(f"r/{number}/{self._rank}", encode(armed.outcome))
+        self._owe(f"r/{number}/{self._rank}", encode(armed.outcome))
+
+    def _hear(self, key: str) -> bytes | None:
+        """Wait for a key as long as it takes, over a new connection where the old one is cut."""
+        self._lasting(lambda: self._waiting.wait([key]))
+        return self._lasting(lambda: self._waiting.get(key))
+
+    def _owe(self, key: str, content: bytes) -> None:
+        """Write what the others wait for, if need be later."""
+        self._lasting(lambda: self.put(key, content))
+
+    def _lasting(self, call: Callable[[], T]) -> T:
+        told = False
+        while True:
+            try:
+                found = call()
+            except StoreCut as error:
+                if self._leaving.wait(_AGAIN_S):
+                    raise
+                if not told:
+                    log.warning("trainctl: no command reaches this rank, training goes on: %s", error)
+                told = True
+            else:
+                if told:
+                    log.warning("trainctl: commands reach this rank again")
+                return found
 
     def _stray(self, proposal: Proposal) -> str | None:
         """Why this rank has no boundary in common with the others now."""
@@ -176,9 +209,11 @@ class Control(threading.Thread):
         """Whether every rank is at this boundary; where one does not come, nobody applies. Raises `InDoubt`."""
         limit_s = self.gather_limit_s
         if self._ranks == 1:
+            armed.on(RankEvent.ALL)
             return True
         gathering = Gathering(self, number=armed.proposal.number, rank=self._rank, ranks=self._ranks, limit_s=limit_s)
         found = gathering.wait()
+        armed.on(RankEvent.SILENT if found is None else RankEvent.ALL if found else RankEvent.ALONE)
         if found is None:
             raise InDoubt(
                 f"the job's store has been silent for {DOUBT_S:.0f} s while the ranks gathered to apply a command: "
@@ -201,6 +236,7 @@ class Control(threading.Thread):
             if armed.decision is not None:
                 return armed.decision == GO
             time.sleep(min(_AGAIN_S, max(0.0, deadline - time.monotonic())))
+        armed.on(RankEvent.SILENT)
         raise InDoubt(
             f"the job's store has been silent for {DOUBT_S:.0f} s while a command was being decided: this rank stops, "
             "so that no rank trains on with half of it. Resume from the last good checkpoint"
@@ -210,17 +246,33 @@ class Control(threading.Thread):
         """Tell that this rank is staged, or why not, and wait for the common verdict. Raises `InDoubt`."""
         number = armed.proposal.number
         silent = "the job's store fell silent between loading and restoring: resume from the last good checkpoint"
-        if not self._comes_back(lambda: self.put(f"l/{number}/{self._rank}", encode(staged)), DOUBT_S):
-            raise InDoubt(silent)
-        armed.staged = True
-        armed.prepared.set()
-        # Others may load for as long as they like, if only the store is there to say so.
-        while not armed.judged.wait(_LOOK_S):
-            if not self._comes_back(self._look, DOUBT_S) and not armed.judged.is_set():
-                raise InDoubt(silent)
-        if armed.doubt is not None:
+        told = self._comes_back(lambda: self.put(f"l/{number}/{self._rank}", encode(staged)), DOUBT_S)
+        armed.stage()
+        if not (told and self._learns_the_verdict(armed)) or armed.doubt is not None:
+            armed.on(RankEvent.SILENT)
             raise InDoubt(silent) from armed.doubt
         return armed.verdict != CANCEL
+
+    def _learns_the_verdict(self, armed: Armed) -> bool:
+        """Wait for it; false where the store is silent.
+
+        Others may load for as long as they like, if only rank 0 says that it still waits for them.
+
+        A rank 0 that says nothing for `DOUBT_S` may never decide: then this rank does, and all obey what it wrote.
+        """
+        heard: bytes | None = None
+        heard_at = time.monotonic()
+        while not armed.judged.wait(_LOOK_S):
+            sign: list[bytes | None] = []
+            if not self._comes_back(lambda sign=sign: sign.append(self._look(armed)), DOUBT_S):  # type: ignore[misc]
+                return armed.judged.is_set()
+            if sign[0] != heard:
+                heard, heard_at = sign[0], time.monotonic()
+            elif time.monotonic() - heard_at > DOUBT_S:
+                log.warning("trainctl: rank 0 has not decided for %.0f s: the command is cancelled", DOUBT_S)
+                armed.on(RankEvent.UNHEARD)
+                return self._comes_back(lambda: self._force_cancel(armed), DOUBT_S)
+        return True
 
     # Calls on the store that must come back
 
@@ -230,9 +282,16 @@ class Control(threading.Thread):
             held = self._talking.decide(f"d/{armed.proposal.number}", ABORT)
         armed.decide(held or ABORT)
 
-    def _look(self) -> None:
+    def _force_cancel(self, armed: Armed) -> None:
         with self._talk_lock:
-            self._talking.has(["p/1"])
+            held = self._talking.decide(f"c/{armed.proposal.number}", CANCEL)
+        armed.judge(held or CANCEL)
+
+    def _look(self, armed: Armed) -> bytes | None:
+        """The newest sign that rank 0 waits for what is staged."""
+        key = f"v/{armed.proposal.number}"
+        with self._talk_lock:
+            return self._talking.get(key) if self._talking.has([key]) else None
 
     def _withdraw(self, armed: Armed) -> None:
         """This rank leaves its loop: what is not decided is not to be applied by the others."""

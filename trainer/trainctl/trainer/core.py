@@ -64,11 +64,12 @@ class PromisedStop:
 
 @dataclass(kw_only=True)
 class Hold:
-    """A pause: since when, by whom, until when."""
+    """A pause: since when, by whom, until when; the id of the command that was made to end it then."""
 
     since: float
     by: str
     resumes_at: float | None
+    resuming: str = ""
 
 
 @dataclass(kw_only=True)
@@ -107,6 +108,7 @@ class Core:
     ending: RunStateName | None = None
     ended_by: str | None = None
     last_save: PromisedStop | None = None  # a checkpoint that is still to be made before the run ends
+    unreachable: str | None = None  # why no command can be agreed on at the moment
     held_s: float = 0.0  # how long boundaries inside the evaluation took
     preempted: str | None = None  # why the machine is taken away
     row_step: int = 1
@@ -155,6 +157,10 @@ class Core:
         if text in self._complained or len(self._complained) > 1000:
             return
         self._complained.add(text)
+        self.tell(what, text, severity)
+
+    def tell(self, what: str, text: str, severity: Severity = "warning") -> None:
+        """What may begin and end more than once: told each time."""
         log.warning("trainctl: %s", text)
         step, incarnation = self.boundary.completed, self.incarnation
         self.event(
@@ -163,9 +169,7 @@ class Core:
 
     def lost_telemetry(self, text: str) -> None:
         """Telemetry began to be lost, or no longer is."""
-        log.warning("trainctl: %s", text)
-        step, incarnation = self.boundary.completed, self.incarnation
-        self.event(Anomaly(time=time.time(), step=step, incarnation=incarnation, what="dropped", text=text))
+        self.tell("dropped", text)
 
     def state(self) -> RunStateName:
         """What this rank is doing, in the run's words."""

@@ -13,6 +13,7 @@ from trainctl.trainer.agreement import (
     ABORT,
     CANCEL,
     COMMIT,
+    DOUBT_S,
     FIRST_MARGIN,
     GO,
     TRIES,
@@ -31,9 +32,11 @@ from trainctl.trainer.agreement import (
     left_evaluation,
     next_margin,
     no_common_step,
+    patience,
 )
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.meeting import Connection, StoreSilent
+from trainctl.trainer.protocol import Lead, LeadEvent, lead_step, leaves_open, may_have_applied
 from trainctl.trainer.reverts import LEAD_LIMIT
 from trainctl.wire.commands import Command, Resume, args_of, spec_of
 from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand
@@ -44,6 +47,8 @@ _ANSWERS_S = 30.0
 _FIRST_AGREEMENT_S = 0.01
 _POLL_S = (0.002, 0.05)
 _WAIT_OVER_S = 0.05
+_SIGN_S = 1.0
+_BLIP_S = 3.0
 
 _Item: TypeAlias = tuple[LinkCommand, str | None]
 
@@ -94,8 +99,16 @@ class Leader(threading.Thread):
         self._margin = FIRST_MARGIN
         self._agreement_s = _FIRST_AGREEMENT_S
         self._left: Position | None = None  # the end of an evaluation that another rank has behind it already
-        self.resume_at: float | None = None
-        self.problem: str | None = None
+        self._leading: str | None = None
+        self._slowest_s = 0.0  # of the last agreements, forgotten little by little
+        self._state = Lead.IDLE  # by the table in `protocol`
+        self._proposal: Proposal | None = None  # the newest
+
+    @property
+    def problem(self) -> str | None:
+        """Why no command can be agreed on, as long as it is so."""
+        cut = self._connection.problem
+        return f"the job's store does not answer rank 0: {cut}" if cut else None
 
     def submit(self, message: LinkCommand | LinkCancel) -> None:
         if isinstance(message, LinkCancel):
@@ -123,6 +136,10 @@ class Leader(threading.Thread):
             self._due[undoing.id] = due
             self._commands.put((LinkCommand(command=undoing, actor=actor, accepted=time.time()), command.id))
 
+    def holds(self, command_id: str) -> bool:
+        """Whether a command was submitted and has no outcome yet."""
+        return command_id in self._queued or command_id == self._leading
+
     def close(self) -> None:
         self._commands.put(None)
 
@@ -139,9 +156,12 @@ class Leader(threading.Thread):
             if ready is not None:
                 self._aside.remove(ready)
                 return ready
+            again_s = _WAIT_OVER_S if self._aside else _SIGN_S if self._unsettled else None
             try:
-                item = self._commands.get(timeout=_WAIT_OVER_S if self._aside else None)
+                item = self._commands.get(timeout=again_s)
             except queue.Empty:
+                if self._unsettled:
+                    self._settle()
                 continue
             if item is None or not self._waits(item):
                 return item
@@ -164,16 +184,64 @@ class Leader(threading.Thread):
         message, undo = item
         if undo is None and self._queued.pop(message.command.id, None) is None:
             return  # cancelled while it waited
+        if self._unsettled and (why := self._settle()) is not None:
+            if undo is None:
+                self._say(message.command, message.actor, "rejected", reason=f"{why}. Nothing was changed")
+            else:
+                time.sleep(_SIGN_S)
+                self._commands.put(item)
+            return
+        self._leading = message.command.id
         try:
             settled = self._lead(message, undo)
             if undo is not None and not settled:
                 self._commands.put(item)  # an undoing was promised: it is proposed until it is done
         except StoreSilent as error:
-            self.problem = "the job's store does not answer"
-            self._say(message.command, message.actor, "unknown", reason=f"{self.problem}: {error}")
+            why = self.problem or f"the job's store does not answer: {error}"
+            if self._may_apply:
+                self._say(message.command, message.actor, "unknown", reason=why)
+            elif undo is not None:
+                self._commands.put(item)
+            else:
+                self._say(message.command, message.actor, "rejected", reason=f"{why}. Nothing was changed")
         except Exception as error:
             log.exception("trainctl: a command failed, training goes on")
             self._say(message.command, message.actor, "failed", reason=f"rank 0: {error}")
+        finally:
+            self._leading = None
+
+    def _on(self, event: LeadEvent) -> None:
+        """Go on by the table. While nothing can have been applied the outcome is known; else it is worth patience."""
+        self._state = lead_step(self._state, event, two_phase=self._two_phase)
+        self._connection.patience_s = DOUBT_S if self._may_apply else _BLIP_S
+
+    @property
+    def _two_phase(self) -> bool:
+        return self._proposal is not None and self._proposal.two_phase
+
+    @property
+    def _may_apply(self) -> bool:
+        return may_have_applied(self._state, two_phase=self._two_phase)
+
+    @property
+    def _unsettled(self) -> bool:
+        return self._state is not Lead.IDLE or self.problem is not None
+
+    def _settle(self) -> str | None:
+        """Withdraw what the store's silence left undecided; why that cannot be done yet, or None."""
+        try:
+            self._connection.mend()
+            if (proposal := self._proposal) is not None and leaves_open(self._state):
+                self._connection.decide(f"d/{proposal.number}", ABORT)
+                self._connection.decide(f"c/{proposal.number}", CANCEL)
+                # Perhaps it never came to be proposed: every rank would wait for this number for ever.
+                held = self._connection.decide(f"p/{proposal.number}", encode(proposal))
+                if held is not None and decode_proposal(held).leaving is not None:
+                    self._number -= 1
+        except StoreSilent as error:
+            return self.problem or f"the job's store does not answer: {error}"
+        self._on(LeadEvent.SETTLED)
+        return None
 
     def _lead(self, message: LinkCommand, undo: str | None) -> bool:
         """Bring one command to its outcome; false when the ranks found no step for it."""
@@ -232,12 +300,16 @@ class Leader(threading.Thread):
             checkpoint=prepared.checkpoint,
             incarnation=prepared.incarnation,
             undo=undo,
+            patience_s=patience(self._slowest_s),
         )
+        self._proposal = proposal
+        self._on(LeadEvent.PROPOSE)
         held = self._connection.decide(f"p/{self._number}", encode(proposal))
         if held is None:
             raise StoreSilent("a proposal that no rank of this run has signed is in the way")
         accepted = decode_proposal(held)
         if accepted.leaving is not None:
+            self._on(LeadEvent.NOBODY)
             self._number -= 1  # the goodbye stays where it is, for the next command to find
         return accepted
 
@@ -260,22 +332,29 @@ class Leader(threading.Thread):
         except StoreSilent:
             silent = [rank for rank, key in zip(self._ranks, keys, strict=True) if not self._connection.has([key])]
             self._connection.decide(f"d/{number}", ABORT)
+            self._on(LeadEvent.NOT_READY)
             return "silent", f"rank {silent[0] if silent else '?'} did not answer within {_ANSWERS_S:.0f} s"
         answers = [_read_answer(sealed) for sealed in self._connection.get_all(keys)]
         # The newest counts a quarter, so that one rank with its hands full does not slow a hundred commands.
-        self._agreement_s += (time.perf_counter() - asked - self._agreement_s) / 4
+        took_s = time.perf_counter() - asked
+        self._agreement_s += (took_s - self._agreement_s) / 4
+        self._slowest_s = max(took_s, 0.9 * self._slowest_s)
         verdict, reason = judge(answers)
         if verdict != "refused" and (stray := self._stray(answers)) is not None:
             verdict, reason = "refused", stray
         if verdict != "go":
             self._connection.decide(f"d/{number}", ABORT)
+            self._on(LeadEvent.NOT_READY)
             if verdict == "again":
                 self._margin = next_margin(self._margin, proposal.position, answers)
                 if proposal.mark and any(left_evaluation(given) for given in answers):
                     self._left = proposal.position.ends()
             return verdict, reason
+        self._on(LeadEvent.READY)
         if self._connection.decide(f"d/{number}", GO) == GO:
+            self._on(LeadEvent.WENT)
             return "go", None
+        self._on(LeadEvent.LOST)
         self._margin = min(1000, self._margin + 1)
         return "again", None
 
@@ -295,11 +374,14 @@ class Leader(threading.Thread):
                 return
             staged = found
         cancelled = any(not outcome.ok for outcome in staged)
-        if proposal.two_phase:
-            self._connection.decide(f"c/{proposal.number}", CANCEL if cancelled else COMMIT)
+        forced = self._judge(proposal, cancelled=cancelled) if proposal.two_phase else False
         outcomes = self._outcomes("r", proposal) or []
+        self._on(LeadEvent.REPORTED)
         first = outcomes[0]
-        if cancelled:
+        if forced:
+            reason = "rank 0 was not heard of while all were ready, so a rank called it off: nothing was changed"
+            self._say(command, actor, "failed", reason=reason)
+        elif cancelled:
             self._say_failed(command, actor, staged, done=[])
         elif any(not outcome.ok for outcome in outcomes):
             self._say_failed(command, actor, outcomes, done=[rank for rank in self._ranks if outcomes[rank].ok])
@@ -307,11 +389,24 @@ class Leader(threading.Thread):
             given = (first.before, first.after, first.reason)
             self._say(command, actor, "applied", step=first.step, before=given[0], after=given[1], reason=given[2])
 
+    def _judge(self, proposal: Proposal, *, cancelled: bool) -> bool:
+        """Write the verdict; whether a rank that had not heard of this one for long wrote another before."""
+        if cancelled:
+            self._connection.decide(f"c/{proposal.number}", CANCEL)
+            self._on(LeadEvent.NOT_STAGED)
+            return False
+        self._on(LeadEvent.STAGED)
+        held = self._connection.decide(f"c/{proposal.number}", COMMIT)
+        self._on(LeadEvent.JUDGED)
+        return held != COMMIT
+
     def _withdraw(self, proposal: Proposal, command: Command, actor: str) -> None:
         """Nothing was touched yet, and nothing will be: told at once, though the ranks may be far from the boundary."""
         self._connection.decide(f"c/{proposal.number}", CANCEL)
+        self._on(LeadEvent.NOT_STAGED)
         self._say_cancelled(command, actor, self._cancelled.pop(command.id))
-        self._outcomes("r", proposal)  # the next proposal has to wait until every rank is past this one
+        self._outcomes("r", proposal)
+        self._on(LeadEvent.REPORTED)  # the next proposal has to wait until every rank is past this one
 
     def _say_cancelled(self, command: Command, actor: str, cancel: LinkCancel) -> None:
         if cancel.superseded_by is not None:
@@ -343,11 +438,15 @@ class Leader(threading.Thread):
         """
         keys = [f"{kind}/{proposal.number}/{rank}" for rank in self._ranks]
         began = time.monotonic()
+        signs = 0
         for key in keys:
             while not self._connection.has([key]):
                 if unless in self._cancelled:
                     return None
                 waited_s = time.monotonic() - began
+                if kind == "l" and waited_s >= signs * _SIGN_S:  # else a rank that is ready would call it off
+                    signs += 1
+                    self._connection.put(f"v/{proposal.number}", str(signs).encode())
                 time.sleep(min(max(waited_s / 20, _POLL_S[0]), _POLL_S[1]))
         return [_read_outcome(sealed) for sealed in self._connection.get_all(keys)]
 

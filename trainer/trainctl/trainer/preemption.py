@@ -11,14 +11,16 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Protocol
 
 from trainctl.trainer.control import Control
 from trainctl.trainer.core import Core
+from trainctl.trainer.exchange import WARNING_KEY
 from trainctl.trainer.leader import Leader
-from trainctl.trainer.meeting import Connection, StoreSilent
+from trainctl.trainer.meeting import StoreSilent
 from trainctl.wire.commands import FINAL_COMMAND_STATES, Command, Stop
 from trainctl.wire.messages import CommandUpdate, Event, LinkCommand
 from trainctl.wire.preemption import (
@@ -36,7 +38,6 @@ from trainctl.wire.preemption import (
 
 log = logging.getLogger(__name__)
 
-_KEY = "w"
 _LOOK_S = 0.5
 _AGAIN_S = 1.0
 _TRIES = 10
@@ -94,6 +95,14 @@ def heard_while_paused(signalled: Signalled | None) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
+class Reading(Protocol):
+    """Where rank 0 finds the warning of another rank, without waiting for the store."""
+
+    def has(self, keys: Sequence[str], /) -> bool: ...
+
+    def get_all(self, keys: Sequence[str], /) -> list[bytes | None]: ...
+
+
 class Preemption:
     """One rank's part; for its sender thread, except `left`, which is for the training thread."""
 
@@ -102,7 +111,7 @@ class Preemption:
         core: Core,
         *,
         control: Control | None,
-        reading: Connection | None,
+        reading: Reading | None,
         leader: Leader | None,
         signalled: Signalled | None,
     ) -> None:
@@ -172,7 +181,7 @@ class Preemption:
             self._passed_on = True
             return
         try:
-            self._control.put(_KEY, str(self._reason).encode())
+            self._control.put(WARNING_KEY, str(self._reason).encode())
         except StoreSilent:
             log.warning("trainctl: a warning (%s) cannot be passed on: the job's store does not answer", self._reason)
         self._passed_on = True
@@ -181,9 +190,9 @@ class Preemption:
         if self._reading is None or self._silent:
             return None
         try:
-            if not self._reading.has([_KEY]):
+            if not self._reading.has([WARNING_KEY]):
                 return None
-            (found,) = self._reading.get_all([_KEY])
+            (found,) = self._reading.get_all([WARNING_KEY])
         except StoreSilent:
             self._silent = True
             return None

@@ -1,7 +1,7 @@
 """The sender thread: everything that leaves a rank leaves here, ten times a second, and nothing in here may block.
 
 On rank 0 it drains what was logged, numbers it, writes it to the hub and hands the hub's commands to the leader. On
-every rank it reports the rank's figures once a second and looks after the node's agent.
+every rank it hands the rank's figures to the exchange once a second and looks after the node's agent.
 """
 
 import logging
@@ -9,22 +9,20 @@ import threading
 import time
 from collections.abc import Callable
 
-import msgspec
-
 from trainctl.trainer import steering
 from trainctl.trainer.agents import NodeAgent
 from trainctl.trainer.buffer import Entry, Rewind, StepMark
-from trainctl.trainer.control import Control
 from trainctl.trainer.core import Core, RunningSave
 from trainctl.trainer.device import let_captures_be
 from trainctl.trainer.drops import DropWatch
-from trainctl.trainer.figures import Pace, figures_of, run_state
+from trainctl.trainer.exchange import Exchange
+from trainctl.trainer.figures import Pace, run_state
 from trainctl.trainer.leader import Leader, update_of
 from trainctl.trainer.link import Link, wait_readable
-from trainctl.trainer.meeting import Connection, StoreSilent
 from trainctl.trainer.preemption import Preemption
 from trainctl.trainer.pruning import Pruner
-from trainctl.trainer.rank_ranges import RANKS_TOLD, RankRanges, Recently, Report, decode_report, encode_report, in_runs
+from trainctl.trainer.rank_ranges import RANKS_TOLD
+from trainctl.trainer.reach import Reach
 from trainctl.trainer.rows import RowMaker
 from trainctl.trainer.tally import Tally, clip_of
 from trainctl.wire.commands import Command, Resume
@@ -40,7 +38,6 @@ from trainctl.wire.messages import (
     LinkProgress,
     LinkTrouble,
     Ranks,
-    Rows,
     RunInfo,
     SourceAddress,
 )
@@ -60,74 +57,6 @@ _NO_STEP_S = 30.0
 _DELETED_S = 2.0
 
 
-class Figures:
-    """This rank's side of the once-a-second report, and rank 0's reading of everybody's."""
-
-    def __init__(self, core: Core, control: Control | None, reading: Connection | None) -> None:
-        self._core = core
-        self._control = control
-        self._reading = reading
-        self._last_step = core.boundary.completed
-        self._last_steps_s = core.steps_s
-        self._silent = control is None
-        self._recently = Recently()
-        self._reports: list[Report] = []
-        self.ranges = RankRanges(core.identity.attempt)
-        self._keys = [f"g/{rank}" for rank in range(core.place.world_size)]
-
-    def report(self, phases_s: dict[str, float]) -> None:
-        step = self._core.boundary.completed
-        steps_s = self._core.steps_s
-        figures = figures_of(self._core, phases_s, max(0, step - self._last_step), steps_s - self._last_steps_s)
-        self._last_step, self._last_steps_s = step, steps_s
-        if self._control is not None and not self._silent:
-            try:
-                runs = in_runs(self._core.ranges.since(self._recently.since(step)))
-                report = Report(figures, self._core.incarnation, runs)
-                self._control.put(f"g/{self._core.place.rank}", encode_report(report))
-            except StoreSilent:
-                self._silent = True
-
-    def everybody(self) -> Ranks | None:
-        if self._reading is None or self._silent:
-            return None
-        try:
-            if not self._reading.has(self._keys):
-                return None
-            sealed = self._reading.get_all(self._keys)
-        except StoreSilent:
-            self._silent = True
-            return None
-        self._reports = [decode_report(report) for report in sealed if report is not None]
-        return Ranks(incarnation=self._core.incarnation, ranks=[report.figures for report in self._reports])
-
-    def differing_ranges(self) -> list[Rows]:
-        """Of the reports that were just read: where another rank's data are other batches than rank 0's."""
-        oldest = min((run.step for report in self._reports for run in report.runs), default=None)
-        if oldest is None:
-            return []
-        own = self._core.ranges.since(oldest)
-        return self.ranges.observe(self._reports, own, self._core.incarnation)
-
-    def agent(self, address: SourceAddress) -> None:
-        if self._control is not None and not self._silent:
-            try:
-                self._control.put(f"n/{self._core.place.rank}", msgspec.msgpack.encode(address))
-            except StoreSilent:
-                self._silent = True
-
-    def agents(self) -> list[SourceAddress]:
-        if self._reading is None or self._silent:
-            return []
-        try:
-            keys = [key for rank in range(self._core.place.world_size) if self._reading.has([key := f"n/{rank}"])]
-            sealed = self._reading.get_all(keys) if keys else []
-        except StoreSilent:
-            self._silent = True
-            return []
-        return [msgspec.msgpack.decode(found, type=SourceAddress) for found in sealed if found is not None]
-
-
 class Sender(threading.Thread):
     """`finish` ends it: it sends what is left, says goodbye and waits a moment for the hub to have it on disk."""
 
@@ -135,7 +64,8 @@ class Sender(threading.Thread):
         self,
         core: Core,
         *,
-        figures: Figures,
+        exchange: Exchange,
+        reach: Reach,
         agent: NodeAgent | None,
         link: Link | None,
         leader: Leader | None,
@@ -144,7 +74,8 @@ class Sender(threading.Thread):
     ) -> None:
         super().__init__(name="trainctl-sender", daemon=True)
         self._core = core
-        self._figures = figures
+        self._exchange = exchange
+        self._reach = reach
         self._agent = agent
         self._link = link
         self._leader = leader
@@ -174,6 +105,7 @@ class Sender(threading.Thread):
         where the hub is only starting or still takes what is left."""
         self._bye = bye
         self._closing.set()
+        self._exchange.close()
         self.join(_GOODBYE_S + 2.0)
 
     def abandon(self) -> None:
@@ -184,6 +116,7 @@ class Sender(threading.Thread):
     def run(self) -> None:
         try:
             let_captures_be()
+            self._exchange.start()
             while not self._closing.is_set():
                 self._safe_tick()
                 if self._link is not None:
@@ -243,7 +176,7 @@ class Sender(threading.Thread):
                 self._record_events(now)
                 entries = []
                 self._pace.rewind()
-                self._figures.ranges.rewound(entry.step)
+                self._exchange.ranges.rewound(entry.step)
                 core.last_metrics.clear()
                 core.last_metrics.update(entry.metrics)
             elif isinstance(entry, StepMark):
@@ -309,7 +242,9 @@ class Sender(threading.Thread):
     def _each_second(self, now: float) -> None:
         phases_s, self._phases_s = self._phases_s, {}
         self._pace.phases(time.time(), phases_s)
-        self._figures.report(phases_s)
+        self._exchange.report(phases_s)
+        if self._leader is not None:
+            self._reach.look(now)
         if self._agent is not None:
             try:
                 self._agent.ensure(now)
@@ -317,16 +252,16 @@ class Sender(threading.Thread):
                 log.warning("trainctl: no agent on this node, its GPUs are not shown: %s", error)
                 self._agent = None
         if self._agent is not None and (address := self._agent.address()) is not None:
-            self._figures.agent(address)
+            self._exchange.agent = address
         if self._link is None:
             return
-        if (ranks := self._figures.everybody()) is not None:
+        if (ranks := self._exchange.everybody()) is not None:
             for first in range(0, len(ranks.ranks), _RANKS_A_RECORD):
                 part = ranks.ranks[first : first + _RANKS_A_RECORD]
                 self._link.record(Ranks(incarnation=ranks.incarnation, ranks=part), now)
-            for rows in self._figures.differing_ranges():
+            for rows in self._exchange.differing_ranges():
                 self._link.record(rows, now)
-            if self._figures.ranges.passed_over:
+            if self._exchange.ranges.passed_over:
                 text = (
                     f"more than {RANKS_TOLD} ranks read other data than rank 0: those of further ranks are not recorded"
                 )
@@ -337,7 +272,7 @@ class Sender(threading.Thread):
 
     def _tell_agents(self) -> None:
         assert self._link is not None
-        agents = self._figures.agents()
+        agents = self._exchange.agents
         if self._link.connected and (agents != self._told_agents or self._link.connects != self._told_connects):
             self._told_agents, self._told_connects = agents, self._link.connects
             self._link.tell(LinkAgents(agents=agents))
@@ -373,7 +308,10 @@ class Sender(threading.Thread):
         if hold is None or hold.resumes_at is None or time.time() < hold.resumes_at or self._leader is None:
             return
         hold.resumes_at = time.time() + _RESUME_AGAIN_S  # should the ranks find no step for it this time
-        command = Command(id=f"auto-resume-{int(time.time() * 1000)}", action=Resume())
+        if self._leader.holds(hold.resuming):
+            return  # the job's store is silent: it comes through as soon as that answers
+        hold.resuming = f"auto-resume-{int(time.time() * 1000)}"
+        command = Command(id=hold.resuming, action=Resume())
         self._leader.submit(LinkCommand(command=command, actor=f"{hold.by} (pause --for)", accepted=time.time()))
 
     def _warn_no_step(self) -> None:

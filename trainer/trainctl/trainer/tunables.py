@@ -1,10 +1,13 @@
 """Values that the operator may change while the script trains: the script's own, and the optimizers' fields."""
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from typing import Literal, TypeAlias
 
 from trainctl.wire.messages import Tunable
+
+log = logging.getLogger(__name__)
 
 Value: TypeAlias = bool | int | float | str
 Kind: TypeAlias = Literal["float", "int", "bool", "str"]
@@ -77,6 +80,7 @@ class Tunables:
 
     def __init__(self) -> None:
         self._values: dict[str, TunableValue] = {}
+        self.complain: Callable[[str], None] = log.warning
         self._steered: frozenset[str] = frozenset()
 
     def add(self, tunable: TunableValue) -> TunableValue:
@@ -100,9 +104,42 @@ class Tunables:
         found = self._values[name]
         self._steered = self._steered | {name} if steered else self._steered - {name}
         before, found.value = found.value, found.fit(value)
-        if found.on_change is not None:
-            found.on_change(found.value)
+        self._tell(found)
         return before, found.value
+
+    def may_raise(self, name: str) -> bool:
+        """Whether the script has a callback of its own for this value, which is then tried on every rank first."""
+        return name in self._values and self._values[name].on_change is not None
+
+    def try_out(self, name: str, value: Value) -> str | None:
+        """Set a value, for `apply` or `take_back` to follow; why the script's callback did not take it, or None."""
+        found = self._values[name]
+        found.value = found.fit(value)
+        try:
+            if found.on_change is not None:
+                found.on_change(found.value)
+        except Exception as error:  # noqa: BLE001 - the script's own
+            return f"on_change of {name} raised {type(error).__name__}: {error}"
+        return None
+
+    def take_back(self, name: str, value: Value) -> None:
+        """Put the value back that was there before `try_out`."""
+        found = self._values[name]
+        found.value = value
+        self._tell(found)
+
+    def take(self, name: str, before: Value) -> tuple[Value, Value]:
+        """Keep what was tried out, where it was `before`; return it before and after."""
+        self._steered = self._steered | {name}
+        return before, self._values[name].value
+
+    def _tell(self, found: TunableValue) -> None:
+        """A callback that raises costs no run: the value is set all the same."""
+        try:
+            if found.on_change is not None:
+                found.on_change(found.value)
+        except Exception as error:  # noqa: BLE001 - the script's own
+            self.complain(f"on_change of {found.name} raised {type(error).__name__} for {found.value!r}: {error}")
 
     def messages(self) -> list[Tunable]:
         return [tunable.message() for tunable in list(self._values.values())]

@@ -1,0 +1,46 @@
+"""Whether commands can be agreed on now: told to the operator as an anomaly, and as capabilities that are off."""
+
+from trainctl.trainer.core import Core
+from trainctl.trainer.exchange import Exchange
+from trainctl.trainer.leader import Leader
+
+GRACE_S = 3.0
+
+
+class Reach:
+    """Looked at once a second by rank 0's sender. A line that is mended within `GRACE_S` is nothing to tell of."""
+
+    def __init__(self, core: Core, leader: Leader | None, exchange: Exchange) -> None:
+        self._core = core
+        self._leader = leader
+        self._exchange = exchange
+        self._since: float | None = None
+        self._told = False
+
+    def look(self, now: float) -> None:
+        """`now` is seconds of `time.monotonic`."""
+        cut = self._leader.problem if self._leader is not None else None
+        silent_since = self._exchange.silent_since
+        silent = silent_since is not None and now - silent_since >= GRACE_S
+        problem = cut or ("the job's store does not answer rank 0" if silent else None)
+        if problem is None:
+            self._since = None
+            self._answers()
+            return
+        self._since = self._since or now
+        if self._core.unreachable is None and (silent or now - self._since >= GRACE_S):
+            self._core.unreachable = problem
+            self._core.tunables_changed.set()
+            if cut is not None:  # of a store that is silent altogether the hub tells, which misses everybody's figures
+                self._told = True
+                text = "no command can be agreed on until it answers again, and each is refused meanwhile"
+                self._core.tell("control", f"{problem}: {text}; training goes on, abort --now ends it", "error")
+
+    def _answers(self) -> None:
+        if self._core.unreachable is None:
+            return
+        self._core.unreachable = None
+        self._core.tunables_changed.set()
+        if self._told:
+            self._told = False
+            self._core.tell("control", "commands can be agreed on again", "good")
