@@ -9,16 +9,27 @@ import pytest
 from torch.distributed import HashStore
 
 from trainctl.trainer import control as control_module
-from trainctl.trainer.agreement import GO, Outcome, Proposal, Seal, encode
+from trainctl.trainer.agreement import CANCEL, COMMIT, GO, Outcome, Proposal, Seal, encode, patience
 from trainctl.trainer.boundary import Armed, Boundary
 from trainctl.trainer.control import Control, InDoubt
 from trainctl.trainer.leader import Leader, Prepared
 from trainctl.trainer.meeting import Connection
+from trainctl.trainer.protocol import RankEvent
 from trainctl.wire.commands import Command, SetTunable
 from trainctl.wire.messages import CommandUpdate, LinkCommand
 from waiting import until
 
 DOUBT_S = 0.3
+_COMMAND = Command(id="c", action=SetTunable(name="x", value=1))
+
+
+def met(number: int) -> Armed:
+    """A proposal in two phases at its boundary, decided to go, with all ranks there."""
+    armed = Armed(Proposal(number=number, command=_COMMAND, actor="mk", step=1, two_phase=True))
+    armed.decide(GO)
+    armed.going()
+    armed.on(RankEvent.ALL)
+    return armed
 
 
 class CutOff(Connection):
@@ -44,7 +55,7 @@ def cut(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     line, boundary = CutOff(store), Boundary()
     waiting = Connection(store, "p", Seal(b"", 1))
     control = Control(rank=1, ranks=2, boundary=boundary, waiting=waiting, talking=line, refusal=lambda _: None)
-    proposal = Proposal(number=1, command=Command(id="c", action=SetTunable(name="x", value=1)), actor="mk", step=1)
+    proposal = Proposal(number=1, command=_COMMAND, actor="mk", step=1)
     yield SimpleNamespace(line=line, control=control, armed=Armed(proposal), other=waiting, boundary=boundary)
     line.mended.set()
     until(lambda: not [thread for thread in threading.enumerate() if thread.name == "trainctl-asks"], 10)
@@ -59,7 +70,30 @@ def test_a_rank_in_doubt_gives_up_in_time_though_the_store_only_blocks(cut: Simp
 
 def test_a_rank_that_is_staged_and_cannot_say_so_gives_up(cut: SimpleNamespace) -> None:
     with pytest.raises(InDoubt, match="between loading and restoring"):
-        cut.control.staged(cut.armed, Outcome(ok=True, step=1))
+        cut.control.staged(met(1), Outcome(ok=True, step=1))
+
+
+def test_a_rank_that_sees_no_sign_of_rank_0_calls_it_off_and_obeys_what_holds(
+    cut: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control_module, "_LOOK_S", 0.05)
+    cut.line.mended.set()
+    for number, (written, goes) in enumerate(((None, False), (COMMIT, True)), 1):
+        armed = met(number)
+        if written is not None:
+            cut.other.decide(f"c/{number}", written)
+        assert cut.control.staged(armed, Outcome(ok=True, step=1)) is goes
+        assert cut.other.decide(f"c/{number}", COMMIT) == (written or CANCEL), (
+            "rank 0 reads that, however late it comes"
+        )
+
+
+def test_the_patience_follows_what_agreements_take() -> None:
+    assert [patience(slowest_s) for slowest_s in (0.0, 0.01, 0.103, 0.5, 60.0)] == [0.1, 0.1, 0.309, 1.5, 2.0]
+    slow = Proposal(number=1, command=_COMMAND, actor="mk", step=1, patience_s=0.5)
+    began = time.monotonic()
+    assert Armed(slow).going() is None
+    assert time.monotonic() - began >= 0.5, "it travels with the proposal"
 
 
 def test_a_line_that_is_mended_in_time_brings_the_decision_of_the_others(
