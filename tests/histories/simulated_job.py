@@ -1,6 +1,7 @@
 """A job of several ranks in simulated time: the trainer's own agreement, over a store that can be slow, cut or dead."""
 
 import random
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -124,7 +125,12 @@ class SimulatedControl(Control):
         return self._timed(lambda: super(SimulatedControl, self).going(armed))
 
     def together(self, armed: Armed) -> bool:
-        return self._timed(lambda: super(SimulatedControl, self).together(armed))
+        try:
+            return super().together(armed)
+        except InDoubt:  # while the store answers it waits for the others, and is in no doubt
+            assert self.gathering is not None
+            self.doubted_s = time.monotonic() - self.gathering.heard
+            raise
 
     def _timed(self, waiting: Callable[[], bool]) -> bool:
         began = self.world.now

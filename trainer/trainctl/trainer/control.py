@@ -73,6 +73,7 @@ class Control(threading.Thread):
         boundary.withdraw = self._withdraw
         self._leaving = threading.Event()
         self._failed: str | None = None
+        self.gathering: Gathering | None = None  # the newest
 
     @property
     def problem(self) -> str | None:
@@ -212,6 +213,7 @@ class Control(threading.Thread):
             armed.on(RankEvent.ALL)
             return True
         gathering = Gathering(self, number=armed.proposal.number, rank=self._rank, ranks=self._ranks, limit_s=limit_s)
+        self.gathering = gathering
         found = gathering.wait()
         armed.on(RankEvent.SILENT if found is None else RankEvent.ALL if found else RankEvent.ALONE)
         if found is None:

@@ -43,7 +43,7 @@ class Gathering:
         self._all = [f"h/{number}/{other}" for other in range(ranks)]
         self._leads = rank == 0
         self._limit_s = limit_s
-        self._heard = time.monotonic()
+        self.heard = time.monotonic()  # when the store last answered
         self._given_up = False
         self._decision: bytes | None = None
         self._over = threading.Event()
@@ -55,7 +55,7 @@ class Gathering:
         """
         threading.Thread(target=self._ask, name="trainctl-gathers", daemon=True).start()
         while not self._over.wait(_AGAIN_S):
-            if time.monotonic() - self._heard > DOUBT_S:
+            if time.monotonic() - self.heard > DOUBT_S:
                 self._given_up = True
                 return None
         return self._decision == GO
@@ -72,7 +72,7 @@ class Gathering:
             except StoreSilent:
                 time.sleep(_AGAIN_S)
                 continue
-            self._heard = time.monotonic()
+            self.heard = time.monotonic()
             if self._decision is not None:
                 self._over.set()
                 return
