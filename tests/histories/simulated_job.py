@@ -1,7 +1,6 @@
 """A job of several ranks in simulated time: the trainer's own agreement, over a store that can be slow, cut or dead."""
 
 import random
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -129,7 +128,7 @@ class SimulatedControl(Control):
             return super().together(armed)
         except InDoubt:  # while the store answers it waits for the others, and is in no doubt
             assert self.gathering is not None
-            self.doubted_s = time.monotonic() - self.gathering.heard
+            self.doubted_s = self.world.now - self.gathering.heard
             raise
 
     def _timed(self, waiting: Callable[[], bool]) -> bool:
