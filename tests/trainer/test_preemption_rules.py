@@ -52,8 +52,11 @@ class TestSaves:
         running = begin_save(rank.core)
         rank.train(1)
         rank.do(Stop(preempted=WHY))
-        assert running.pending.done(), "two saves never overlap: the second waits"
         assert rank.core.saves_begun == 2
+        newest = rank.core.newest_save
+        assert newest is not None
+        assert (newest.step, newest.pending.result(30).error) == (4, None)
+        assert running.pending.done(), "they are written one after another, the earlier one first"
 
     def test_during_a_pause_what_was_set_meanwhile_is_saved_and_the_pause_is_told(self, tmp_path: Path) -> None:
         rank = OneRank(tmp_path)
