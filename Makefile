@@ -6,13 +6,17 @@ DEMO := $(VENV)/.demo
 ALL := .[train,dev]
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak check format picture clean
+.PHONY: demo test thorough soak check format picture clean
 
 demo: $(DEMO)
 	@$(BIN)/trainctl demo
 
 test: $(STAMP)
 	@$(BIN)/python -m pytest
+
+# What takes minutes and finds what is rare: all histories, many ranks, every fault. CI runs it after the tests.
+thorough: $(STAMP)
+	@$(BIN)/python -m pytest -m thorough
 
 # Random histories of commands and faults, judged, for as long as told: make soak MINUTES=60
 MINUTES ?= 10

@@ -9,9 +9,12 @@ from jobs import job
 from waiting import until
 
 pytestmark = pytest.mark.ranks
+THOROUGH = pytest.mark.thorough
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize(
+    "ranks", [1, pytest.param(2, marks=THOROUGH), pytest.param(4, marks=THOROUGH), pytest.param(8, marks=THOROUGH)]
+)
 def test_every_ranks_own_record_is_what_the_operator_was_told(ranks: int, tmp_path: Path) -> None:
     with job("steered.py", ranks, tmp_path) as running:
         running.until_step(5, 120)
@@ -26,6 +29,7 @@ def test_every_ranks_own_record_is_what_the_operator_was_told(ranks: int, tmp_pa
         trains_on(running)
 
 
+@pytest.mark.thorough
 def test_a_rank_whose_control_thread_is_starved_delays_commands_and_splits_none(tmp_path: Path) -> None:
     with job("faulty.py", 2, tmp_path, arguments_before=["starve"]) as running:
         running.until_step(5)
@@ -35,6 +39,7 @@ def test_a_rank_whose_control_thread_is_starved_delays_commands_and_splits_none(
             assert record == [(outcome["id"], outcome["step"], outcome["after"]) for outcome in told]
 
 
+@pytest.mark.thorough
 def test_a_pause_outlasts_the_timeouts_of_gloo_and_of_the_store_takes_commands_and_ends_by_itself(
     tmp_path: Path,
 ) -> None:

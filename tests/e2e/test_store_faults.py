@@ -11,7 +11,7 @@ from acting import act, anomaly, applied, events, status, trains_on
 from jobs import TRAINCTL, job
 from waiting import until
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.thorough]
 
 
 def test_a_connection_of_rank_0_that_is_reset_when_all_are_staged_costs_nothing(tmp_path: Path) -> None:

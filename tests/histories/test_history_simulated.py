@@ -33,7 +33,9 @@ def told(lived: Lived) -> str:
     return "\n".join([f"seed {lived.seed}", *lived.problems, again])
 
 
-@pytest.mark.parametrize("first", range(0, COUNT, EACH))
+@pytest.mark.parametrize(
+    "first", [0, *(pytest.param(seed, marks=pytest.mark.thorough) for seed in range(EACH, COUNT, EACH))]
+)
 def test_no_command_is_half_applied_lost_or_lied_about(
     first: int, directory: Path, record_property: Callable[[str, object], None]
 ) -> None:
