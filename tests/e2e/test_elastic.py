@@ -13,7 +13,7 @@ import pytest
 from jobs import end_tree, free_port, trainctl, trainctl_json
 from waiting import until
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.thorough]
 _SCRIPT = Path(__file__).parents[1] / "scripts" / "regression.py"
 
 

@@ -13,7 +13,7 @@ import pytest
 from jobs import Job, job, trainctl, trainctl_json
 from waiting import until
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.thorough]
 # A rendezvous that torchrun can hold again, with a store of its own for each attempt (pytorch 135712).
 RESTARTED_ONCE = {
     "PET_MAX_RESTARTS": "1",

@@ -10,7 +10,7 @@ from jobs import Job, job, trainctl, trainctl_json
 from trainctl.wire.manifest import read_manifest, verify
 from waiting import until
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.thorough]
 
 
 def listed(run: list[str]) -> list[dict[str, Any]]:

@@ -160,6 +160,7 @@ def test_from_a_head_node_everything_works_and_a_cut_line_leaves_no_hole(own_hom
         assert first[-1] >= before + 150
 
 
+@pytest.mark.thorough
 def test_nodes_that_lose_each_other_while_a_command_is_under_way_apply_all_of_it_or_nothing(
     own_home: Path, tmp_path: Path
 ) -> None:

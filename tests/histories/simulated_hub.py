@@ -133,6 +133,9 @@ class NoEndings:
     def refusal(self, _: object) -> str:
         return "there are no agents"
 
+    def of(self, _attempt: int) -> None:
+        """Nobody asked for a restart."""
+
 
 class SimulatedHub:
     """One hub process. It reads what the one before left."""

@@ -12,7 +12,13 @@ pytestmark = [pytest.mark.ranks, pytest.mark.timeout(240)]
 
 
 @pytest.mark.parametrize(
-    ("ranks", "seed", "episodes", "kill"), [(2, 11, 16, False), (4, 13, 10, False), (2, 17, 1, True), (2, 18, 1, True)]
+    ("ranks", "seed", "episodes", "kill"),
+    [
+        pytest.param(2, 11, 16, False, marks=pytest.mark.thorough),
+        pytest.param(4, 13, 10, False, marks=pytest.mark.thorough),
+        (2, 17, 1, True),
+        pytest.param(2, 18, 1, True, marks=pytest.mark.thorough),
+    ],
 )
 def test_what_ranks_audit_and_operators_say_agrees(
     ranks: int, seed: int, episodes: int, kill: bool, tmp_path: Path

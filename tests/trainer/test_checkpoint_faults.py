@@ -15,6 +15,8 @@ import trainctl.trainer.checkpoint.save as saving
 from trainctl.trainer.actions import begin_save
 from trainctl.wire.manifest import list_checkpoints
 
+pytestmark = pytest.mark.thorough
+
 STANDS = "training goes on and the last good checkpoint stands"
 
 

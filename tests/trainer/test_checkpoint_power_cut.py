@@ -19,6 +19,8 @@ from test_checkpoint_safety import Small
 
 from trainctl.wire.manifest import DamagedCheckpoint, list_checkpoints, verify
 
+pytestmark = pytest.mark.thorough
+
 WORKER = Path(__file__).with_name("faulty_saves.py")
 CHECKPOINTS = "runs/one/checkpoints/"
 

@@ -12,6 +12,7 @@ from trainctl.wire.commands import (
     AddNote,
     Cancel,
     CheckpointPin,
+    CheckpointRemove,
     CheckpointSave,
     CheckpointUnpin,
     Evaluate,
@@ -36,6 +37,7 @@ Met: TypeAlias = Literal[
     "rejected: it is not paused",
     "at once, through the agents",
     "at once, by the hub",
+    "at once, by the hub, unless something may need it",
 ]
 
 
@@ -71,6 +73,7 @@ ROWS = (
     _elsewhere("`abort --now`, restart", Restart, met="at once, through the agents"),
     _elsewhere("note, cancel", AddNote, Cancel, met="at once, by the hub"),
     _elsewhere("checkpoint pin, unpin", CheckpointPin, CheckpointUnpin, met="at once, by the hub"),
+    _elsewhere("checkpoint rm", CheckpointRemove, met="at once, by the hub, unless something may need it"),
 )
 
 
