@@ -114,7 +114,7 @@ def test_the_history_of_more_names_than_a_request_holds_arrives_whole() -> None:
     names = [f"model.layers.{number}.self_attn.projection.grad_norm" for number in range(10_000)]
 
     async def scenario() -> None:
-        async with session_with() as session:
+        async with session_with("run-1", timeout_s=30.0) as session:
             await session.picture()
             found = await session.history([*names, "nothing"])
             assert list(found) == names

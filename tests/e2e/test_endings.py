@@ -13,7 +13,7 @@ from launched import alive, launched, states
 from trainctl.wire.cards import read_cards
 from waiting import until
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.thorough]
 
 
 def stuck_ranks(run: list[str]) -> dict[int, dict[str, Any]]:

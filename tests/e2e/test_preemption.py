@@ -16,7 +16,7 @@ from trainctl.wire.manifest import list_checkpoints
 from trainctl.wire.preemption import Warned, read_left, read_preempted, write_note
 from waiting import until
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.thorough]
 RARELY = ("--checkpoint-every", "100000")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "collectives.py"
 

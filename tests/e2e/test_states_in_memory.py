@@ -8,7 +8,7 @@ import pytest
 
 from jobs import Job, job, trainctl, trainctl_json
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.thorough]
 
 
 def losses(running: Job, rank: int, incarnation: int) -> dict[int, str]:

@@ -9,11 +9,13 @@ import pytest
 from jobs import job, trainctl, trainctl_json
 from waiting import until
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.thorough]
 
 
 def test_a_run_that_cannot_be_saved_is_not_stopped_and_one_that_can_is_saved_first(tmp_path: Path) -> None:
-    with job("steered.py", 2, tmp_path, ["--eval-every", "60", "--sleep", "0.02"]) as running:
+    with job("steered.py", 2, tmp_path, ["--long-evaluation", "--eval-every", "60", "--sleep", "0.02"]) as running:
+        enough = tmp_path / "enough"
+        enough.touch()  # evaluations have no batch
         running.until_step(1)
         run = ["-r", str(running.directory)]
 
@@ -40,6 +42,7 @@ def test_a_run_that_cannot_be_saved_is_not_stopped_and_one_that_can_is_saved_fir
         act("resume")
         running.until_step(paused["step"] + 3)
 
+        enough.unlink()
         until(lambda: state() == "evaluating", 60, what="an evaluation")
         held = act("pause")
         inside = act("stop", "--yes", code=1)
@@ -47,6 +50,7 @@ def test_a_run_that_cannot_be_saved_is_not_stopped_and_one_that_can_is_saved_fir
         assert "nothing was saved" in inside["reason"]
         assert state() == "paused"
         assert act("set", "x", "7")["step"] == held["step"], "held behind the step whose evaluation is over"
+        enough.touch()
         act("resume")
         running.until_step(held["step"] + 3)
 

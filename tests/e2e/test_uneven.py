@@ -9,7 +9,7 @@ import pytest
 from jobs import job, trainctl
 from waiting import until
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.thorough]
 
 
 def test_in_the_shadow_of_join_nothing_is_applied_on_the_ranks_that_still_train(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from jobs import job, trainctl, trainctl_json
 from waiting import until
 
 WORKER = Path(__file__).with_name("resume_ranks.py")
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.thorough]
 
 
 @pytest.fixture(scope="module")

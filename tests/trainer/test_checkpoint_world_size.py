@@ -18,6 +18,7 @@ WORKER = Path(__file__).with_name("world_size_ranks.py")
 
 
 @pytest.mark.ranks
+@pytest.mark.thorough
 def test_two_ranks_write_and_one_two_and_four_read_the_same_tensors_to_the_bit(tmp_path: Path) -> None:
     ranks = [
         subprocess.Popen(

@@ -118,6 +118,7 @@ def test_a_resumed_demo_goes_on_to_the_bit_as_if_it_had_never_stopped(text: Path
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
 
 
+@pytest.mark.thorough
 def test_the_demo_trains_sharded_and_in_fp16(text: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     arguments = [*DEMO, *QUICK, "--sharding", "fsdp", "--amp", "fp16", "--data", str(text)]
@@ -167,6 +168,7 @@ def test_the_example_trains_the_same_without_the_lines_switched_off_and_live(tmp
     assert losses(finish(1, [str(EXAMPLE), *arguments])) == without
 
 
+@pytest.mark.thorough
 def test_an_operator_rolls_the_example_back_on_two_ranks_and_stops_it(tmp_path: Path) -> None:
     run_dir, log = tmp_path / "run", tmp_path / "printed"
     with log.open("w") as output:

@@ -164,6 +164,7 @@ class Sender(threading.Thread):
         if now >= self._next_figures:
             self._next_figures = now + _FIGURES_S
             self._each_second(now)
+        self._tell_everybody(now)
 
     def _drain(self, now: float) -> None:
         core, link = self._core, self._link
@@ -255,7 +256,13 @@ class Sender(threading.Thread):
             self._exchange.agent = address
         if self._link is None:
             return
-        if (ranks := self._exchange.everybody()) is not None:
+        self._tell_agents()
+        self._auto_resume()
+        self._warn_no_step()
+
+    def _tell_everybody(self, now: float) -> None:
+        """What all ranks said of themselves, as soon as it is there: its age is shown."""
+        if self._link is not None and (ranks := self._exchange.everybody()) is not None:
             for first in range(0, len(ranks.ranks), _RANKS_A_RECORD):
                 part = ranks.ranks[first : first + _RANKS_A_RECORD]
                 self._link.record(Ranks(incarnation=ranks.incarnation, ranks=part), now)
@@ -266,9 +273,6 @@ class Sender(threading.Thread):
                     f"more than {RANKS_TOLD} ranks read other data than rank 0: those of further ranks are not recorded"
                 )
                 self._core.complain("data", text, severity="info")
-        self._tell_agents()
-        self._auto_resume()
-        self._warn_no_step()
 
     def _tell_agents(self) -> None:
         assert self._link is not None
