@@ -105,7 +105,12 @@ def _checkpoint(cockpit: Tmux, run: Path) -> int:
     cockpit.keys("C")
     cockpit.wait("(?i)note")
     cockpit.keys("Enter")
-    listed = until(lambda: trainctl_json("checkpoint", "ls")["checkpoints"], 20)
+
+    def on_disk() -> list[dict[str, Any]]:
+        # The ranks have it in memory before it is written.
+        return [found for found in trainctl_json("checkpoint", "ls")["checkpoints"] if found["where"] != "memory"]
+
+    listed = until(on_disk, 20)
     assert (run / "checkpoints" / listed[-1]["id"] / "MANIFEST.json").is_file()
     cockpit.wait(r"✓ .*checkpoint")
     return int(listed[-1]["step"])
