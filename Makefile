@@ -6,7 +6,7 @@ DEMO := $(VENV)/.demo
 ALL := .[train,dev]
 BIN := $(VENV)/bin
 
-.PHONY: demo test thorough soak check format picture clean
+.PHONY: demo test histories thorough soak check format picture clean
 
 demo: $(DEMO)
 	@$(BIN)/trainctl demo
@@ -14,7 +14,11 @@ demo: $(DEMO)
 test: $(STAMP)
 	@$(BIN)/python -m pytest
 
-# What takes minutes and finds what is rare: all histories, many ranks, every fault. CI runs it after the tests.
+# Two thousand simulated histories, from seeds of their own; CI runs them after the tests.
+histories: $(STAMP)
+	@$(BIN)/python -m pytest -m thorough tests/histories/test_history_simulated.py
+
+# What takes minutes and finds what is rare: all histories, many ranks, every fault.
 thorough: $(STAMP)
 	@$(BIN)/python -m pytest -m thorough
 
