@@ -142,6 +142,7 @@ def write() -> None:
         job.train()
         pending = job.checkpointer.begin_save(id="three", step=STEPS, incarnation=1, attempt=1, metrics={})
         assert (error := pending.result(60).error) is None, error
+        job.checkpointer.drain()
         whole, seen = job.whole(), [None, None]
         dist.all_gather_object(seen, job.seen)
         if process == 0:
