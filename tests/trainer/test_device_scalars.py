@@ -89,7 +89,7 @@ class Rank:
             self.device.numbers.clear()
 
     def take(self) -> list[dict[str, Any]]:
-        return [entry[2] for entry in self.buffer.take(1000) if not isinstance(entry, StepMark | Rewind)]
+        return [entry[1] for entry in self.buffer.take(1000) if not isinstance(entry, StepMark | Rewind)]
 
 
 def mark(step: int) -> Entry:
@@ -154,7 +154,7 @@ def test_a_device_that_failed_loses_its_values_and_nothing_else() -> None:
     rank.log(1, loss="1", lr=0.1)
     (entry,) = rank.buffer.entries
     assert not isinstance(entry, StepMark | Rewind)
-    event = entry[3][0]._event
+    event = entry[2][0]._event
     assert isinstance(event, MemoryEvent)
     event.broken = True
     rank.log(1, late=2.0)
@@ -167,7 +167,7 @@ def test_a_device_that_cannot_be_read_without_stopping_it_is_named() -> None:
     buffer.log(1, {"loss": torch.empty((), device="meta")})
     (entry,) = buffer.take(10)
     assert not isinstance(entry, StepMark | Rewind)
-    value = entry[2]["loss"]
+    value = entry[1]["loss"]
     assert isinstance(value, NotANumber)
     assert "cannot be read without stopping it" in value.what
 
@@ -181,7 +181,7 @@ def test_a_tensor_of_the_host_is_read_at_once_so_that_the_next_step_cannot_chang
         loss.fill_(9.0)
     (entry,) = buffer.take(10)
     assert not isinstance(entry, StepMark | Rewind)
-    assert entry[2] == {"loss": 1.5, "count": 7.0}
+    assert entry[1] == {"loss": 1.5, "count": 7.0}
 
 
 @pytest.mark.parametrize("value", [torch.zeros(3), torch.tensor(1 + 2j), torch.zeros(0)])
@@ -190,7 +190,7 @@ def test_a_tensor_that_is_no_number_is_said_to_be_none(value: torch.Tensor) -> N
     buffer.log(1, {"x": value})
     (entry,) = buffer.take(10)
     assert not isinstance(entry, StepMark | Rewind)
-    assert isinstance(entry[2]["x"], NotANumber)
+    assert isinstance(entry[1]["x"], NotANumber)
 
 
 def test_a_full_buffer_refuses_and_counts_but_never_a_rollback() -> None:
@@ -251,7 +251,7 @@ def test_what_is_no_number_is_not_kept_alive() -> None:
     buffer.log(1, {"text": "x" * 1000, "array": np.zeros(1000), "list": [1.0] * 1000, "scalar": np.float32(0.5)})
     (entry,) = buffer.take(10)
     assert not isinstance(entry, StepMark | Rewind)
-    kept = entry[2]
+    kept = entry[1]
     assert [kept[name] for name in ("text", "array", "list")] == [NotANumber(of) for of in ("str", "ndarray", "list")]
     assert kept["scalar"] == 0.5
 

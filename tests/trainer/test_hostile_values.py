@@ -77,7 +77,7 @@ def logged(buffer: RowBuffer, **values: Any) -> dict[str, Any]:
     buffer.log(1, values)
     (entry,) = buffer.take(10)
     assert not isinstance(entry, StepMark | Rewind)
-    return entry[2]
+    return entry[1]
 
 
 @pytest.mark.parametrize(

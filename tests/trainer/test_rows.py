@@ -12,7 +12,7 @@ from trainctl.wire.messages import LinkRecord, Rows
 
 
 def logged(step: int, /, **values: object) -> Entry:
-    return (step, float(step), values, ())
+    return (step, values, ())
 
 
 def mark(step: int, *, data: tuple[int, int] | None = None, mfu: float | None = None) -> Entry:
@@ -44,6 +44,14 @@ def test_a_row_of_a_past_step_is_told_under_that_step() -> None:
     maker.feed([logged(5, loss=1.0), mark(5)])
     (late,) = maker.feed([logged(3, val_loss=0.5)])
     assert (late.steps, table([late])) == ([3], {"val_loss": [(3, 0.5)]})
+
+
+def test_a_row_has_the_time_of_its_steps_end_and_without_one_the_time_it_was_seen() -> None:
+    maker = RowMaker(attempt=1)
+    (row,) = maker.feed([logged(5, loss=1.0), mark(5)], now=99.0)
+    assert row.times == [5.0]
+    (evaluated,) = maker.feed([logged(5, val_loss=0.5)], now=99.5)
+    assert (evaluated.steps, evaluated.times) == ([5], [99.5])
 
 
 def test_a_rollback_ends_the_rows_of_its_branch_and_drops_the_step_in_progress() -> None:

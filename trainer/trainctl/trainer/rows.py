@@ -1,6 +1,7 @@
 """From what was logged to `Rows`: the sender thread merges the calls of a step into one row, and rows into columns."""
 
 import math
+import time
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -38,8 +39,12 @@ class RowMaker:
         self.refused_values = 0
         self.refused_names = 0
 
-    def feed(self, entries: Iterable[Entry]) -> list[Rows]:
-        """Take entries in order; return the rows that are complete."""
+    def feed(self, entries: Iterable[Entry], *, now: float | None = None) -> list[Rows]:
+        """Take entries in order; return the rows that are complete.
+
+        `now`, Unix time: when what was logged at a boundary, behind its step's mark, is said to have been.
+        """
+        now = time.time() if now is None else now
         made: list[Rows] = []
         done: list[_Row] = []
         for entry in entries:
@@ -58,8 +63,8 @@ class RowMaker:
                 self._counted.clear()
                 self._completed, self._incarnation = entry.step, entry.incarnation
             else:
-                step, at, values, _ = entry
-                row = self._row(step, at)
+                step, values, _ = entry
+                row = self._row(step, now)
                 self._count(step)
                 for name, value in values.items():
                     self._put(row, name, value)

@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from trainctl.trainer import attach as attaching
 from trainctl.trainer import forks
 from trainctl.trainer.actions import begin_save, position
-from trainctl.trainer.buffer import NARROW, StepMark
+from trainctl.trainer.buffer import StepMark, floats_first
 from trainctl.trainer.checkpoint import MEMORY_CHECKPOINTS, Accessor, Retention
 from trainctl.trainer.checkpoint.script_files import script_files
 from trainctl.trainer.control import InDoubt
@@ -72,6 +72,8 @@ class Run:
         self._last = _perf()
         self._eval_every: TunableValue | None = None
         self._checkpoint_every: TunableValue | None = None
+        if core.publishes and type(self).log is Run.log:
+            self.__dict__["log"] = floats_first(core.buffer, core, self._log)
 
     @classmethod
     def attach(
@@ -226,19 +228,14 @@ class Run:
 
     def log(self, **values: Any) -> None:
         """Log numbers of the step in progress: floats, ints, or tensors with one element, which cause no sync."""
-        if not self._publishes:
-            self._keep_own_loss(values)
-            return
-        for value in values.values():
-            if type(value) is not float:
-                self._buffer.log(self._core.row_step, values)
-                return
-        if len(values) > NARROW:
+        # On the rank that publishes, `floats_first` stands before this.
+        self._log(values)
+
+    def _log(self, values: dict[str, Any]) -> None:
+        if self._publishes:
             self._buffer.log(self._core.row_step, values)
-        elif len(self._entries) < self._room:
-            self._append((self._core.row_step, _time(), values, ()))
         else:
-            self._buffer.refused += 1
+            self._keep_own_loss(values)
 
     def measure_flops(self) -> Any:
         """`with run.measure_flops(): …` around the forward and backward of every micro-batch shows the MFU.
@@ -434,6 +431,7 @@ class Run:
         """A DataLoader worker inherits this object: it must not speak, and must not keep a connection of ours open."""
         self._closed = True
         self._publishes = False
+        self.__dict__.pop("log", None)
         self._parts.sender.abandon()
         self._parts.sockets.let_go()
 

@@ -212,7 +212,7 @@ class Sender(threading.Thread):
         """A rank that does not speak for the run logs nothing but its own loss, for its figures."""
         for entry in self._core.buffer.take(_BATCH):
             if not isinstance(entry, StepMark | Rewind):
-                loss = entry[2].get("loss")
+                loss = entry[1].get("loss")
                 self._core.own_loss = float(loss) if isinstance(loss, float | int) else self._core.own_loss
 
     def _dropped(self) -> dict[str, int]:
