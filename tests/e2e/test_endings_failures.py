@@ -64,7 +64,7 @@ def test_a_killed_rank_is_named_at_once_and_torchruns_restart_is_the_same_run(tm
         os.kill(pids[1], signal.SIGKILL)
         event = told(running, 1, "dead")
         print(f"killed rank told after {event['time'] - killed_at:.2f} s")
-        assert event["time"] - killed_at < 2.0
+        assert event["time"] - killed_at < 9.0, "by its end, not by its silence"
         assert f"pid {pids[1]} killed by SIGKILL" in event["text"]
         assert (event["node"], event["severity"]) == (os.uname().nodename, "error")
         assert event["step"] >= 12

@@ -101,7 +101,7 @@ def test_readings_are_relayed_a_silent_agent_is_lost_and_one_that_comes_back_is_
                     await telling
                 gone = time.monotonic()
                 await heard.until(lambda item: is_node(item, "lost"))
-                assert time.monotonic() - gone < 5.0
+                assert time.monotonic() - gone < 15.0
                 await heard.until(lambda item: is_event(item, "lost"))
                 lost = (await snapshot(peer)).nodes[0]
                 assert (lost.state, lost.cpu) == ("lost", None), "what was read last is not true now"

@@ -33,7 +33,9 @@ class Points(Dataset[Tensor]):
         """A worker tells what it runs on."""
         names = [thread.name for thread in threading.enumerate()]
         rank = os.environ.get("RANK", "0")
-        (self.output / f"worker-{rank}-{worker}.json").write_text(json.dumps({"pid": os.getpid(), "threads": names}))
+        made = self.output / f"worker-{rank}-{worker}.new"
+        made.write_text(json.dumps({"pid": os.getpid(), "threads": names}))
+        made.rename(made.with_suffix(".json"))  # whoever sees it sees all of it
 
 
 def sockets() -> set[str]:
@@ -102,6 +104,8 @@ def main() -> None:
                 continue
             with run.phase("communication"):
                 norm = nn.utils.clip_grad_norm_(model.parameters(), clip.value)
+                if ranks > 1:  # so that they keep step, as in any real job
+                    dist.all_reduce(norm)
             optimizer.step()
             optimizer.zero_grad()
             time.sleep(given.sleep)
