@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from lossy_hub import LossyHub
@@ -174,6 +175,16 @@ async def seen(condition: Callable[[], bool]) -> None:
 @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
 @given(operations=st.lists(OPERATIONS, min_size=5, max_size=25))
 def test_any_order_of_drops_restarts_duplicates_and_gaps_ends_with_the_hubs_history(
+    operations: list[tuple[str, int, str]],
+) -> None:
+    with a_run() as run:
+        asyncio.run(followed(run, operations))
+
+
+@pytest.mark.thorough
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(operations=st.lists(OPERATIONS, min_size=5, max_size=40))
+def test_many_orders_of_drops_restarts_duplicates_and_gaps_end_with_the_hubs_history(
     operations: list[tuple[str, int, str]],
 ) -> None:
     with a_run() as run:
