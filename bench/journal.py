@@ -30,6 +30,7 @@ from trainctl.store.record import RunRecord
 from trainctl.store.replay import load_record, replay_journal
 from trainctl.store.saved import packed_sizes, write_index
 from trainctl.wire import codec
+from trainctl.wire.jsonable import jsonable
 from trainctl.wire.messages import Body, Column, Envelope, HistoryRequest, RolledBack, Rows, RunInfo, stream_of
 from trainctl.wire.rundir import RunDir
 
@@ -131,9 +132,7 @@ def fill(run: RunDir, source: Values, given: argparse.Namespace) -> dict[str, fl
     """Write, apply and pack as the hub does, in turn; return what it took."""
     info = RunInfo(run="b", id="b", dir=str(run.path), host="h", created=0, started=0, world_size=1)
     run.create()
-    run.info_file.write_text(
-        json.dumps({name: getattr(info, name) for name in info.__struct_fields__ if name != "ranks"})
-    )
+    run.info_file.write_text(json.dumps(jsonable(info)))
     record, index = RunRecord(info), JournalIndex(run.journal)
     writer = JournalWriter(run.journal, index=index)
     decode, points, raw = codec.envelope_decoder(), 0, 0
