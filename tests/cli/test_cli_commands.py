@@ -295,6 +295,13 @@ def test_a_rollback_is_shown_as_a_plan_first() -> None:
         assert (plan["dry_run"], plan["checkpoint"], plan["from_step"], plan["to_step"]) == (True, "step-10", 30, 10)
         assert (plan["steps_lost"], plan["skip_batches"], plan["lr_now"]) == (20, 3, 5e-4)
         assert plan["lr_after"] == pytest.approx((1e-3 + 0.011) * 0.5)
+        took = sum(0.5 + step / 1000 for step in range(11, 31))
+        assert plan["time_lost_s"] == pytest.approx(took)
+        assert plan["gpu_hours_lost"] == pytest.approx(took * 2 / 3600), "two ranks spent that time"
+        assert (
+            "20 steps are left behind (10s of training, under 0.01 GPU-hours)"
+            in invoke("rollback", "last", "--dry-run").stdout
+        )
         assert "from step 30 back to 10 (step-10, loss 2.000)" in invoke("rollback", "best", "--dry-run").stdout
         problem = error("rollback", "99", "--yes", code=4)
         assert "'99' is no checkpoint" in problem["message"]

@@ -87,6 +87,9 @@ def test_the_operators_day(tmp_path: Path) -> None:
 
         plan = trainctl_json("rollback", "20", "--dry-run", *run)
         assert (plan["to_step"], plan["skip_batches"], plan["steps_lost"]) == (20, 0, plan["from_step"] - 20)
+        assert plan["gpu_hours_lost"] == pytest.approx(plan["time_lost_s"] * 2 / 3600)
+        assert plan["time_lost_s"] >= 0.02 * plan["steps_lost"], "each step sleeps longer than that"
+        assert plan["hours_lost"].endswith("-hours"), plan["hours_lost"]
         back = act("rollback", "20", "--yes")
         assert (back["after"], back["incarnation"]) == (20, 2)
         assert at(running, 1, 21)["incarnation"] == 2

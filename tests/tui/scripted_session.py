@@ -71,6 +71,7 @@ def curves(steps: int, seed: int = 1) -> dict[str, np.ndarray[Any, Any]]:
         "lr_scheduled": scheduled,
         "grad_norm": np.exp(rng.normal(-0.3, 0.35, steps)) * (1 + 3 * np.exp(-step / (0.05 * steps))),
         "tokens_per_s": tokens,
+        "step_time_s": np.full(steps, 0.9),
     }
 
 
@@ -313,19 +314,22 @@ class ScriptedSession:
         wanted = (step >= (from_step or 0)) & (step <= (to_step or 1 << 60))
         if incarnation is not None:
             wanted &= step % 2 == 0
-        return {
-            name: Points(
-                name=name,
-                columns={
-                    "step": step[wanted],
-                    "time": self.logged["time"][wanted],
-                    "value": self.logged[name][wanted] + (0.8 if incarnation is not None and name == "loss" else 0.0),
-                    "incarnation": np.full(int(wanted.sum()), incarnation or 1),
-                },
-            )
-            for name in metrics
-            if name in self.logged
-        }
+        found = {}
+        for name in metrics:
+            if name not in self.logged:
+                continue
+            values = self.logged[name][wanted] + (0.8 if incarnation is not None and name == "loss" else 0.0)
+            columns = {
+                "step": step[wanted],
+                "time": self.logged["time"][wanted],
+                "value": values,
+                "incarnation": np.full(len(values), incarnation or 1),
+            }
+            if points is not None:  # buckets of one
+                columns |= {"mean": values, "count": np.ones(len(values), "i8")}
+                columns |= {"nonfinite": np.zeros(len(values), "i8")}
+            found[name] = Points(name=name, columns=columns)
+        return found
 
     async def do(
         self,

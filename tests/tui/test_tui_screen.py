@@ -8,6 +8,7 @@ import pytest
 from scripted_session import (
     ScriptedSession,
     checkpoints,
+    curves,
     node_readings,
     rank_figures,
     rows,
@@ -18,8 +19,9 @@ from scripted_session import (
 from textual.pilot import Pilot
 
 from trainctl.tui.app import CockpitApp
-from trainctl.tui.dialogs import LeaveDialog, LrDialog, RemoveDialog, RollbackDialog, StopDialog, TunablesDialog
+from trainctl.tui.dialogs import LeaveDialog, LrDialog, RemoveDialog, StopDialog, TunablesDialog
 from trainctl.tui.help import HelpScreen
+from trainctl.tui.rollback_dialog import RollbackDialog
 from trainctl.tui.theme import look_for
 from trainctl.wire.commands import (
     CheckpointRemove,
@@ -285,6 +287,8 @@ def test_rollback_shows_its_plan_and_only_y_does_it() -> None:
         await cockpit.press("down")
         text = await cockpit.until("back from step 5,000 to 3,000: 2,000 steps are lost")
         assert "verified" in text
+        # 4 ranks × the 0.9 s that each of the 2,000 steps took
+        await cockpit.until("2,000 steps are lost, 2.00 GPU-hours")
         await cockpit.press("enter", "backspace", "4", "0", "enter", "backspace", "0", ".", "5", "enter", "enter")
         assert "40 batches skipped" in cockpit.text()
         assert cockpit.sent == []
@@ -292,6 +296,17 @@ def test_rollback_shows_its_plan_and_only_y_does_it() -> None:
         assert cockpit.sent == [Rollback(target="step-00003000-1", skip_batches=40, lr_scale=0.5)]
 
     drive(scenario)
+
+
+def test_a_rollback_whose_cost_is_not_recorded_says_so_and_never_nothing() -> None:
+    logged = curves(5000)
+    del logged["step_time_s"]
+
+    async def scenario(cockpit: Cockpit) -> None:
+        await cockpit.press("R", "down", "down")
+        await cockpit.until("2,000 steps are lost, GPU-hours n/a")
+
+    drive(scenario, session=ScriptedSession(snapshot(), logged=logged))
 
 
 def test_stop_asks_and_enter_is_not_the_answer() -> None:

@@ -13,6 +13,7 @@ from trainctl.client.commanding import make_command
 from trainctl.client.errors import Rejected
 from trainctl.client.figures import duration, plain, scientific
 from trainctl.client.jsonable import dumps, jsonable
+from trainctl.client.lost import lost_work
 from trainctl.client.session import Session
 from trainctl.wire.commands import Rollback
 from trainctl.wire.manifest import resized_words
@@ -20,7 +21,7 @@ from trainctl.wire.messages import CheckpointInfo
 
 
 class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """What a rollback would do, from what is known now. `lr` is effective; None where the schedule is not known."""
+    """What a rollback would do, from what is known now; None where something is not known. `lr` is effective."""
 
     run: str
     target: str
@@ -29,8 +30,10 @@ class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
     in_memory: bool
     from_step: int
     to_step: int
-    steps_lost: int
-    time_lost_s: float | None
+    steps_lost: int | None
+    time_lost_s: float | None  # what these steps took, pauses excluded
+    gpu_hours_lost: float | None  # that time × the ranks that spent it, one device each
+    hours_lost: str  # the same in words
     skip_batches: int
     lr_now: float | None
     lr_after: float | None
@@ -43,8 +46,9 @@ class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
     def text(self) -> str:
         words = f"{self.run}: from step {self.from_step} back to {self.to_step} ({self.checkpoint}"
         words += f", {loss_of(self.metrics)})" if loss_of(self.metrics) else ")"
-        words += f", {self.steps_lost} steps are left behind"
-        words += f" ({duration(self.time_lost_s)} of training)" if self.time_lost_s else ""
+        words += f", {'n/a' if self.steps_lost is None else self.steps_lost} steps are left behind"
+        took = f"{duration(self.time_lost_s)} of training, " if self.time_lost_s else ""
+        words += f" ({took}{self.hours_lost})" if self.steps_lost != 0 else ""
         words += f", then {self.skip_batches} batches are skipped" if self.skip_batches else ""
         if self.lr_now is not None and self.lr_after is not None:
             words += f", lr {scientific(self.lr_now)} → {scientific(self.lr_after)}"
@@ -108,7 +112,7 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
         )
     state = model.state
     assert state is not None
-    lost = max(0, state.step - info.step)
+    lost = await lost_work(session, info, found)
     return RollbackPlan(
         run=model.name,
         target=action.target,
@@ -117,8 +121,10 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
         in_memory=info.in_memory,
         from_step=state.step,
         to_step=info.step,
-        steps_lost=lost,
-        time_lost_s=lost / state.steps_per_s if state.steps_per_s else None,
+        steps_lost=lost.steps,
+        time_lost_s=lost.seconds,
+        gpu_hours_lost=lost.gpu_hours,
+        hours_lost=lost.hours_text(model.ranks.values()),
         skip_batches=action.skip_batches,
         lr_now=state.lr.effective,
         lr_after=await _lr_after(session, action, info),

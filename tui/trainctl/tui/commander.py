@@ -10,9 +10,10 @@ from trainctl.client.errors import ClientError
 from trainctl.client.lines import arguments
 from trainctl.client.session import Session
 from trainctl.tui.dialog import Wish
-from trainctl.tui.dialogs import SIMPLE_DIALOGS, RemoveDialog, RollbackDialog, TunablesDialog
+from trainctl.tui.dialogs import SIMPLE_DIALOGS, RemoveDialog, TunablesDialog
 from trainctl.tui.event_lines import Progress
 from trainctl.tui.keyline import ACTING, off_reason
+from trainctl.tui.rollback_dialog import RollbackDialog
 from trainctl.tui.theme import Look
 from trainctl.tui.tones import Tone
 from trainctl.wire.commands import (
@@ -120,7 +121,7 @@ class Commander:
             found = (await self.session.checkpoints()).checkpoints
         except ClientError as error:
             self.say(f"the checkpoints could not be listed anew: {error.message}", Tone.WARNING)
-        self.app.push_screen(RollbackDialog(self.model, self.look, found, target), self.start)
+        self.app.push_screen(RollbackDialog(self.session, self.look, found, target), self.start)
 
     async def _open_tunables(self) -> None:
         try:
