@@ -11,7 +11,8 @@ keeper     the journal on disk, and what to do while it cannot be written
 trouble    tells when the run's directory cannot be written
 ownership  whether this hub is still the one that may write
 life       the state of the run (pure), with `stalled`
-detect     shows metrics to the detectors `nonfinite`, `detect_spike`; detect_lookout to `detect_disk` (all pure)
+detect     shows metrics to the detectors `nonfinite`, `detect_spike` (detect_past: the live branch after a rollback);
+           detect_lookout to `detect_disk` (all pure)
 alerts     the user's command for events that cannot wait: alerts_rules (pure), alerts_command
 aside      work on files that may never answer
 rules      why a command is rejected (pure)

@@ -1,8 +1,12 @@
 """Shows a run's metrics to the detectors as they are recorded, and records what the detectors find."""
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import numpy as np
 from numpy.typing import NDArray
 
+from trainctl.hub.detect_past import REPLAYED, past_values
 from trainctl.hub.detect_spike import WINDOW, SpikeWatch, Turn
 from trainctl.hub.nonfinite import NonFiniteWatch, finite_values
 from trainctl.hub.recorder import Recorder
@@ -14,7 +18,7 @@ SPIKE = "loss-spike"
 NOT_FINITE = frozenset({"nan", "inf"})
 CURVES = 64
 _SEPARATORS = "_/."
-# Steps that are read back to learn again, after a restart, what is usual.
+# Steps that are read back to learn again, after a restart, for how long a metric was finite.
 _LOOK_BACK = 8 * WINDOW
 
 
@@ -23,23 +27,50 @@ def is_loss(metric: str) -> bool:
     return metric == "loss" or (metric.endswith("loss") and metric[-5] in _SEPARATORS)
 
 
-class SpikeWatches:
-    """A `SpikeWatch` for each loss of the run's newest incarnation. Pure."""
+Past: TypeAlias = Callable[[str, int], NDArray[np.floating]]
 
-    def __init__(self) -> None:
-        self._curves: dict[str, SpikeWatch] = {}
+
+def _no_past(_metric: str, _incarnation: int) -> NDArray[np.floating]:
+    return np.empty(0)
+
+
+class SpikeWatches:
+    """A `SpikeWatch` for each loss of the run's newest incarnation. Pure.
+
+    `past` gives the values of the live branch that an incarnation found of a curve when it began: it goes on with them,
+    and knows nothing of the branch that was abandoned.
+    """
+
+    def __init__(self, past: Past = _no_past) -> None:
+        self._past = past
+        self._curves: dict[str, SpikeWatch | None] = {}  # None: known to the incarnation before
         self._incarnation = 0
 
     def curve(self, metric: str, incarnation: int) -> SpikeWatch | None:
-        """The watch of one loss; None for what is not watched. A new incarnation forgets all that was usual."""
+        """The watch of one loss; None for what is not watched. In a new incarnation it is shown the past first."""
         if incarnation > self._incarnation:
             self._incarnation = incarnation
-            self._curves.clear()
+            self._curves = dict.fromkeys(self._curves)
         if incarnation < self._incarnation or not is_loss(metric):
             return None
         if metric not in self._curves and len(self._curves) >= CURVES:
             return None
-        return self._curves.setdefault(metric, SpikeWatch())
+        watch = self._curves.get(metric)
+        if watch is None:
+            watch = self._curves[metric] = SpikeWatch()
+            watch.observe(self._past(metric, incarnation))
+        return watch
+
+    def resume(self, metric: str, incarnation: int, past: NDArray[np.floating], *, spiking: bool) -> None:
+        """Begin to watch in the middle of an incarnation, after all of `past`; operators were told that it is
+        `spiking`, which counts."""
+        self._incarnation = max(self._incarnation, incarnation)
+        if not is_loss(metric) or len(self._curves) >= CURVES:
+            return
+        watch = self._curves[metric] = SpikeWatch()
+        watch.observe(past)
+        if watch.spiking != spiking:
+            watch.assume(spiking=spiking)
 
     def observe(self, rows: Rows) -> list[Anomaly]:
         """The episodes that begin or end in these rows."""
@@ -77,7 +108,14 @@ class Detectors:
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._nonfinite, self._spikes = NonFiniteWatch(), SpikeWatches()
+        metrics = recorder.record.metrics
+
+        def past(metric: str, incarnation: int) -> NDArray[np.floating]:
+            return past_values(
+                metrics, metric, incarnation=incarnation, at_most=_replayed(recorder.record), itself=False
+            )
+
+        self._nonfinite, self._spikes = NonFiniteWatch(), SpikeWatches(past)
         learn(recorder.record, self._nonfinite, self._spikes)
 
     def follow(self, envelope: Envelope) -> None:
@@ -103,12 +141,21 @@ def learn(record: RunRecord, nonfinite: NonFiniteWatch, spikes: SpikeWatches) ->
         calm = len(values) - 1 - int(bad[-1]) if len(bad) else len(values)
         error = newest.what if newest.severity == "error" else None
         nonfinite.assume(metric, incarnation, calm=calm, error=error)
-    turned = {event.metric: event for event in told if event.what == SPIKE}
-    for metric in record.metrics.names:
-        curve = spikes.curve(metric, incarnation)
-        if curve is not None:
-            curve.observe(_values(record, metric, record.state.step - _LOOK_BACK, incarnation))
-            curve.assume(spiking=metric in turned and turned[metric].severity == "warning")
+    live = dict(record.metrics.live_branch())
+    turned: dict[str | None, Anomaly] = {}
+    for event in record.events:
+        if isinstance(event, Anomaly) and event.what == SPIKE and event.incarnation in live:
+            cut = live[event.incarnation]
+            if cut is None or event.step <= cut:
+                turned[event.metric] = event
+    for metric in filter(is_loss, record.metrics.names):
+        past = past_values(record.metrics, metric, incarnation=incarnation, at_most=_replayed(record))
+        spikes.resume(metric, incarnation, past, spiking=metric in turned and turned[metric].severity == "warning")
+
+
+def _replayed(record: RunRecord) -> int:
+    """How many values of each loss may be shown again."""
+    return REPLAYED // max(1, min(CURVES, sum(map(is_loss, record.metrics.names))))
 
 
 def _values(record: RunRecord, metric: str, from_step: int, incarnation: int) -> NDArray[np.floating]:

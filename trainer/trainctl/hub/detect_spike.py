@@ -28,7 +28,7 @@ CALM_Z: Final = LASTING_Z / 2
 CALM_VALUES: Final = 10
 # A curve that stays up this long has a new level.
 LONGEST: Final = WINDOW // 2
-_REFIT_EVERY: Final = 16
+REFIT_EVERY: Final = 16
 _SIGMAS_IN_A_MAD: Final = 1.4826
 
 
@@ -97,7 +97,7 @@ class SpikeWatch:
         finite = np.flatnonzero(np.isfinite(values))
         usable = values[finite].astype("f8")
         while at < len(usable):
-            taken = self._take_quiet(usable[at : at + _REFIT_EVERY])
+            taken = self._take_quiet(usable[at : at + REFIT_EVERY])
             if taken:
                 at += taken
                 continue
@@ -111,7 +111,7 @@ class SpikeWatch:
         """Take values among which nothing can begin or end all at once; return how many, 0 if they need a look."""
         if self._spiking or any(self._recent):
             return 0
-        values = values[: _REFIT_EVERY - self._since_fit]
+        values = values[: REFIT_EVERY - self._since_fit]
         if self._baseline is not None and float(values.max()) > self._baseline.lasting:
             return 0
         self._keep(values)
@@ -151,7 +151,7 @@ class SpikeWatch:
     def _keep(self, values: NDArray[np.float64]) -> None:
         self._window.extend(values)
         self._since_fit += len(values)
-        if self._since_fit >= _REFIT_EVERY:
+        if self._since_fit >= REFIT_EVERY:
             self._fit()
 
     def _fit(self) -> None:
