@@ -1,0 +1,147 @@
+"""A rollback is as never having left, with everything at once: a GradScaler whose scale moves, fp16 autocast, dropout,
+shuffling, loader workers, accumulation over the end of an epoch, an average of the weights and early stopping.
+
+tests/scripts/exact.py writes for each step a hash of parameters, optimizer, scaler, tracked objects and generators.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import Job, job, trainctl_json
+from waiting import until
+
+pytestmark = pytest.mark.ranks
+
+Line = dict[str, Any]
+STEPS = 40
+MIDDLE, END, EARLIER = 20, 15, 10  # of an epoch, at the end of one, in the middle of the one before
+
+_OF_ITS_OWN = frozenset({"incarnation", "data"})
+
+
+def of_incarnation(running: Job, rank: int, incarnation: int) -> list[Line]:
+    return [line for line in running.lines(rank) if line["incarnation"] == incarnation]
+
+
+def until_in(running: Job, incarnation: int, step: int) -> None:
+    """Wait until rank 0 has trained that far in an incarnation."""
+
+    def there() -> bool:
+        assert not running.ended(), running.log()
+        return any(line["step"] >= step for line in of_incarnation(running, 0, incarnation))
+
+    until(there, 90, what=f"step {step} of incarnation {incarnation}")
+    until((running.directory / "run.json").exists, 30, what="the hub")
+
+
+def roll_back(running: Job, to: int, *words: str) -> None:
+    """To a checkpoint of the live branch, while it trains."""
+    run = ["-r", str(running.directory)]
+
+    def saved() -> bool:
+        found = trainctl_json("checkpoint", "ls", *run)["checkpoints"]
+        return any(info["step"] == to and not info["abandoned"] for info in found)
+
+    until(saved, 60, what=f"the checkpoint of step {to} of the live branch")
+    done = trainctl_json("rollback", str(to), *words, "--yes", *run)
+    assert (done["state"], done["after"], done["ranks"]) == ("applied", to, running.ranks), done
+
+
+def trained(running: Job) -> list[dict[int, Line]]:
+    """Of each rank the lines of a run that nobody disturbed, by step; and that it went through what it should."""
+    assert running.wait(120) == 0, running.log()
+    straight = [{line["step"]: line for line in running.lines(rank)} for rank in range(running.ranks)]
+    scales = [straight[0][step]["scale"] for step in range(1, STEPS + 1)]
+    moves = {after > before for before, after in pairwise(scales) if after != before}
+    assert moves == {True, False}, "the scale grows and falls"
+    for rank in range(running.ranks):
+        epoch = [index for step in range(1, 9) for index in straight[rank][step]["indices"]][:60]
+        assert len(set(epoch)) == 60
+        assert epoch != sorted(epoch), "it is shuffled"
+    return straight
+
+
+def assert_same(running: Job, straight: list[dict[int, Line]], begins: dict[int, int]) -> None:
+    """Every step of every rank is as it was `straight`, if that went so far; `begins` are the incarnations' first."""
+    for rank in range(running.ranks):
+        firsts: dict[int, int] = {}
+        for line in running.lines(rank):
+            firsts.setdefault(line["incarnation"], line["step"])
+            expected = straight[rank].get(line["step"], {})
+            differing = [name for name in expected if name not in _OF_ITS_OWN and line[name] != expected[name]]
+            assert not differing, (rank, line["incarnation"], line["step"], differing)
+        assert firsts == begins
+
+
+def test_two_rollbacks_across_the_end_of_an_epoch_on_two_ranks(tmp_path: Path) -> None:
+    with job("exact.py", 2, tmp_path, ["--steps", "100000", "--sleep", "0.03", "--drawn"]) as running:
+        until_in(running, 1, MIDDLE + 6)
+        roll_back(running, MIDDLE)
+        until_in(running, 2, MIDDLE + 6)
+        roll_back(running, END)
+        until_in(running, 3, MIDDLE + 6)
+        first = [{line["step"]: line for line in of_incarnation(running, rank, 1)} for rank in range(2)]
+        assert_same(running, first, {1: 1, 2: MIDDLE + 1, 3: END + 1})
+
+
+def test_exactly_the_micro_batches_that_were_asked_for_are_left_out_on_each_rank(tmp_path: Path) -> None:
+    far = 27
+    with job("exact.py", 2, tmp_path, ["--steps", "100000", "--sleep", "0.03"]) as running:
+        until_in(running, 1, far)
+        # Where each incarnation begins, and with which micro-batch: two make a step, 15 an epoch.
+        begins = {1: (0, 0)}
+        for to, skip, index in [
+            (EARLIER, 0, 20),
+            (END, 1, 31),  # that branch's step 15 is the end of an epoch
+            (EARLIER, 3, 23),  # in the middle of one; what was left out before is there again
+            (EARLIER, 13, 33),  # over the end of one
+            (END, 1, 33 + 10 + 1),  # that branch's step 15 had read up to 33 + 10
+        ]:
+            roll_back(running, to, "--skip-batches", str(skip))
+            begins[len(begins) + 1] = (to, index)
+            until_in(running, len(begins), to + 6)
+        for rank in range(2):
+            order = [index for line in of_incarnation(running, rank, 1) for index in line["indices"]]
+            assert len(order) >= 8 * far
+            for incarnation, (step, first) in begins.items():
+                lines = of_incarnation(running, rank, incarnation)
+                assert lines[0]["step"] == step + 1
+                read = [index for line in lines for index in line["indices"]]
+                known = order[4 * first :]  # four samples to a micro-batch
+                assert len(known) > 20
+                assert read[: len(known)] == known[: len(read)], (rank, incarnation)
+                for at, line in enumerate(lines[:-1]):
+                    assert line["data"] == [first + 2 * at, first + 2 * at + 1], "indices stay absolute"
+
+
+@pytest.mark.thorough
+@pytest.mark.timeout(400)  # three starts of four ranks with eight workers
+@pytest.mark.parametrize("order", [[], ["--drawn"]], ids=["by a sampler", "drawn"])
+def test_rollbacks_before_and_after_a_resume_on_four_ranks(order: list[str], tmp_path: Path) -> None:
+    steps = ["--steps", str(STEPS), *order]
+    with job("exact.py", 4, tmp_path / "straight", steps) as running:
+        straight = trained(running)
+    slowly = [*steps, "--sleep", "0.1"]
+    with job("exact.py", 4, tmp_path / "rolled", slowly) as running:
+        until_in(running, 1, MIDDLE + 3)
+        roll_back(running, MIDDLE)
+        until_in(running, 2, MIDDLE + 3)
+        roll_back(running, END)
+        until_in(running, 3, END + 2)
+        directory = running.directory
+    assert_same(running, straight, {1: 1, 2: MIDDLE + 1, 3: END + 1})  # and then all of it was killed
+    again = {"TRAINCTL_RESUME": "1", "TRAINCTL_RUN_DIR": str(directory)}
+    with job("exact.py", 4, tmp_path / "resumed", slowly, **again) as running:
+        running.directory = directory
+        until_in(running, 4, END + 3)
+        roll_back(running, EARLIER)
+        until_in(running, 5, MIDDLE + 1)
+        roll_back(running, END)
+        assert running.wait(120) == 0, running.log()
+        resumed = of_incarnation(running, 0, 4)[0]["step"]
+        assert resumed > END, "on the live branch"
+        assert (resumed - 1) % 5 == 0
+        assert_same(running, straight, {4: resumed, 5: EARLIER + 1, 6: END + 1})
