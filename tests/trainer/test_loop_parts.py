@@ -47,13 +47,21 @@ def train_off(
     monkeypatch: pytest.MonkeyPatch,
     model: nn.Module,
     batches: Sequence[Sequence[Tensor]],
+    *,
+    measure: Any = None,
     **config: Any,
 ) -> Outcome:
     """Train with trainctl switched off, without automatic mixed precision unless asked."""
     monkeypatch.setenv("TRAINCTL", "off")
     settings = {"amp": "off", "warmup_steps": 0, "learning_rate": 0.05, "weight_decay": 0.0} | config
     return train(
-        "parts", model=model, loader=batches, validation=batches[:2], config=TrainConfig(**settings), device=CPU
+        "parts",
+        model=model,
+        loader=batches,
+        validation=batches[:2],
+        config=TrainConfig(**settings),
+        device=CPU,
+        measure=measure,
     )
 
 
@@ -91,6 +99,39 @@ def test_it_stops_early_when_the_validation_loss_no_longer_falls(monkeypatch: py
     assert outcome == Outcome(step=8, stopped_early=True)  # the first evaluation is the best, three more bring nothing
 
 
+def test_it_is_judged_by_a_metric_of_the_scripts_own_that_should_rise(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.1, 0.5, 0.5, 0.505, 0.52, 0.4])
+    seen: list[bool] = []
+
+    def measure(model: nn.Module) -> dict[str, float]:
+        seen.append(model.training or torch.is_grad_enabled())
+        return {"accuracy": next(scores)}
+
+    outcome = train_off(
+        monkeypatch,
+        fresh(),
+        regression_batches(8),
+        measure=measure,
+        total_steps=50,
+        eval_every=1,
+        patience=3,
+        metric="accuracy",
+        mode="max",
+        min_delta=0.1,
+        restore_best=True,
+    )
+    assert outcome == Outcome(step=5, stopped_early=True, restored_step=2)
+    assert not any(seen), "as it is evaluated: without dropout and gradients"
+
+
+def test_a_metric_that_no_evaluation_has_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = {"total_steps": 4, "eval_every": 1, "patience": 1, "metric": "accuracy"}
+    with pytest.raises(ValueError, match="val_loss: give measure=, which returns 'accuracy'"):
+        train_off(monkeypatch, fresh(), regression_batches(4), **asked)
+    with pytest.raises(ValueError, match="measure= gave no 'accuracy': there are score, val_loss"):
+        train_off(monkeypatch, fresh(), regression_batches(4), measure=lambda _: {"score": 1.0}, **asked)
+
+
 def test_without_a_validation_batch_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="at least one validation batch"):
         train_off(monkeypatch, fresh(), [], total_steps=1)
@@ -121,6 +162,7 @@ def test_biases_are_not_decayed() -> None:
         ({"amp": "int8"}, "amp"),
         ({"sharding": "none"}, "sharding"),
         ({"patience": 3, "eval_every": None}, "early stopping"),
+        ({"mode": "least"}, "mode is min or max"),
     ],
 )
 def test_a_config_that_cannot_be_meant_is_refused_by_name(wrong: dict[str, Any], named: str) -> None:

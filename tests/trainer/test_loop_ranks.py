@@ -95,10 +95,21 @@ def tensors(run_dir: Path, info: CheckpointInfo, scratch: Path) -> dict[str, tor
     return flat
 
 
-def test_a_resumed_demo_goes_on_to_the_bit_as_if_it_had_never_stopped(text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        [],
+        pytest.param(["--sharding", "fsdp", "--amp", "bf16", "--accumulate", "2"], marks=pytest.mark.thorough),
+        pytest.param(["--sharding", "fsdp", "--amp", "fp16", "--accumulate", "2"], marks=pytest.mark.thorough),
+    ],
+    ids=lambda how: " ".join(how) or "ddp",
+)
+def test_a_resumed_demo_goes_on_to_the_bit_as_if_it_had_never_stopped(
+    how: list[str], text: Path, tmp_path: Path
+) -> None:
     ranks = 3  # two would hide that DDP orders its buckets anew in a fresh process
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    arguments = [*DEMO, *QUICK, "--data", str(text)]
+    arguments = [*DEMO, *QUICK, *how, "--data", str(text)]
     finish(ranks, arguments, TRAINCTL_RUN_DIR=str(straight), TRAINCTL_RUN_ID="straight")
     first = checkpoints(straight)
     assert sorted(first) == [4, 8]

@@ -10,7 +10,7 @@ average of the weights, early stopping, and resume.
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from trainctl.trainer import Run
 from trainctl.trainer.best_weights import BestWeights
-from trainctl.trainer.early_stopping import EarlyStopping
+from trainctl.trainer.early_stopping import EarlyStopping, Mode
 from trainctl.trainer.ema import Ema
 from trainctl.trainer.parallel import Sharding, bare, distribute, gradient_sync, mean_over_ranks, warm_reducer, world
 
@@ -37,8 +37,9 @@ class TrainConfig:
     """How to train. Raises `ValueError` for what cannot be meant.
 
     A step is one optimizer step of `accumulate` micro-batches on every rank. `eval_every` and `checkpoint_every` are
-    steps, `patience` is evaluations; None switches a thing off. `min_delta` is what an evaluation has to improve by to
-    count; `restore_best` leaves the model with the weights of the best evaluation, whichever way the training ended.
+    steps, `patience` is evaluations; None switches a thing off. An evaluation is judged by `metric`, which should fall
+    or rise (`mode`); `min_delta` is what it has to improve by to count. `restore_best` leaves the model with the
+    weights of the best evaluation, whichever way the training ended.
     """
 
     total_steps: int
@@ -54,6 +55,8 @@ class TrainConfig:
     eval_every: int | None = 50
     checkpoint_every: int | None = 100
     patience: int | None = None
+    metric: str = "val_loss"
+    mode: Mode = "min"
     min_delta: float = 0.0
     restore_best: bool = False
     ema_decay: float | None = None
@@ -79,11 +82,13 @@ class TrainConfig:
             raise ValueError("the best weights are those of an evaluation: give eval_every, or no restore_best")
         if not (math.isfinite(self.min_delta) and self.min_delta >= 0.0):
             raise ValueError(f"min_delta is at least 0, not {self.min_delta}")
+        if self.mode not in {"min", "max"}:
+            raise ValueError(f"mode is min or max, not {self.mode!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a training ended: after `step` steps, early when the validation loss had stopped falling.
+    """How a training ended: after `step` steps, early when the metric had stopped improving.
 
     `restored_step`: the step of the evaluation whose weights the model has now, None where it has the newest.
     """
@@ -166,6 +171,16 @@ class Trainer:
                 metrics["val_loss_ema"] = self._mean_loss(batches())
         return metrics
 
+    @torch.no_grad()
+    def measured(self, measure: Callable[[nn.Module], Mapping[str, float]]) -> dict[str, float]:
+        """What `measure` says of the model as it is evaluated."""
+        model = bare(self.model)
+        model.eval()
+        try:
+            return dict(measure(model))
+        finally:
+            model.train()
+
     def _mean_loss(self, batches: Iterable[Batch]) -> float:
         model = bare(self.model)
         model.eval()
@@ -186,16 +201,22 @@ def train(
     device: torch.device,
     blocks: Iterable[nn.Module] = (),
     described: dict[str, Any] | None = None,
+    measure: Callable[[nn.Module], Mapping[str, float]] | None = None,
 ) -> Outcome:
     """Train `model` on the micro-batches of `loader` (this rank's) until `config.total_steps` or an earlier end.
 
     `blocks` are the submodules that FSDP shards one by one; `described` joins the config in what the run shows.
+    `measure(model)` gives further metrics of an evaluation, such as an accuracy, the same on every rank. Raises
+    ValueError for a `config.metric` that no evaluation has.
     """
     if not validation:
         raise ValueError("train() needs at least one validation batch")
+    own = ["val_loss"] if config.ema_decay is None else ["val_loss", "val_loss_ema"]
+    if measure is None and config.metric not in own:
+        raise ValueError(f"an evaluation has {' and '.join(own)}: give measure=, which returns {config.metric!r}")
     trainer = Trainer(model=model, blocks=blocks, config=config, device=device)
     judges = config.patience is not None or config.restore_best
-    stopper = EarlyStopping(patience=config.patience, min_delta=config.min_delta) if judges else None
+    stopper = EarlyStopping(patience=config.patience, min_delta=config.min_delta, mode=config.mode) if judges else None
     best = BestWeights(bare(trainer.model)) if config.restore_best else None
     warm_reducer(trainer.model, lambda: trainer.forward_loss(trainer.model, validation[0]))
     # Weights are alike on every rank, dropout is not.
@@ -203,8 +224,12 @@ def train(
 
     def evaluate() -> dict[str, float]:
         metrics = trainer.evaluate(lambda: run.eval_batches(validation))
+        if measure is not None and not run.stopping:
+            metrics |= trainer.measured(measure)
         if stopper is not None and not run.stopping:  # a stopped evaluation saw a part of the batches
-            improved = stopper.judge(metrics["val_loss"], step=run.step)
+            if config.metric not in metrics:
+                raise ValueError(f"measure= gave no {config.metric!r}: there are {', '.join(sorted(metrics))}")
+            improved = stopper.judge(metrics[config.metric], step=run.step)
             if improved and best is not None:
                 best.keep(step=run.step)
         return metrics
@@ -235,7 +260,7 @@ def train(
 
 
 def _steps(run: Run, trainer: Trainer, stopper: EarlyStopping | None) -> bool:
-    """The loop itself. Returns whether it ended because the validation loss no longer falls."""
+    """The loop itself. Returns whether it ended because the metric no longer improves."""
     clip = run.tunable("clip", trainer.config.clip, min=0.1, max=100.0)
     accumulate = run.tunable("accumulate", trainer.config.accumulate, min=1, max=1024, unit="micro-batches")
     losses: list[Tensor] = []
