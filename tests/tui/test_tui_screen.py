@@ -17,9 +17,11 @@ from scripted_session import (
     snapshot,
 )
 from textual.pilot import Pilot
+from textual.widgets import Static
 
 from trainctl.tui.app import CockpitApp
 from trainctl.tui.dialogs import LeaveDialog, LrDialog, RemoveDialog, StopDialog, TunablesDialog
+from trainctl.tui.figures import learning_rate
 from trainctl.tui.help import HelpScreen
 from trainctl.tui.rollback_dialog import RollbackDialog
 from trainctl.tui.theme import look_for
@@ -289,8 +291,13 @@ def test_rollback_shows_its_plan_and_only_y_does_it() -> None:
         assert "verified" in text
         # 4 ranks × the 0.9 s that each of the 2,000 steps took
         await cockpit.until("2,000 steps are lost, 2.00 GPU-hours")
+        scheduled = curves(5000)["lr_scheduled"][3000]
+        plan = str(cockpit.app.screen.query_one("#plan", Static).render())
+        assert f"lr: 2.80e-4 → {learning_rate(scheduled / 2)}" in plan
         await cockpit.press("enter", "backspace", "4", "0", "enter", "backspace", "0", ".", "5", "enter", "enter")
         assert "40 batches skipped" in cockpit.text()
+        plan = str(cockpit.app.screen.query_one("#plan", Static).render())
+        assert f"lr ×0.5: 2.80e-4 → {learning_rate(scheduled / 2)}" in plan
         assert cockpit.sent == []
         await cockpit.press("y")
         assert cockpit.sent == [Rollback(target="step-00003000-1", skip_batches=40, lr_scale=0.5)]

@@ -13,11 +13,10 @@ from trainctl.client.commanding import make_command
 from trainctl.client.errors import Rejected
 from trainctl.client.figures import duration, plain, scientific
 from trainctl.client.jsonable import dumps, jsonable
-from trainctl.client.lost import lost_work
+from trainctl.client.rollback_plan import lost_work, lr_after, scheduled_after
 from trainctl.client.session import Session
 from trainctl.wire.commands import Rollback
 from trainctl.wire.manifest import resized_words
-from trainctl.wire.messages import CheckpointInfo
 
 
 class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -113,6 +112,9 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
     state = model.state
     assert state is not None
     lost = await lost_work(session, info, found)
+    after = None
+    if not action.restore_overrides:
+        after = lr_after(state.lr, await scheduled_after(session, info), action.lr_scale)
     return RollbackPlan(
         run=model.name,
         target=action.target,
@@ -127,7 +129,7 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
         hours_lost=lost.hours_text(model.ranks.values()),
         skip_batches=action.skip_batches,
         lr_now=state.lr.effective,
-        lr_after=await _lr_after(session, action, info),
+        lr_after=after,
         metrics=dict(info.metrics),
         # The factor that was asked for takes the place of what is set for the learning rate.
         overrides={name: words for name, words in state.overrides.items() if name != "lr" or action.lr_scale is None},
@@ -135,20 +137,3 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
         written_by=info.world_size,
         world_size=model.info.world_size if model.info else 0,
     )
-
-
-async def _lr_after(session: Session, action: Rollback, info: CheckpointInfo) -> float | None:
-    """The schedule at the checkpoint's step × the present override, or × the factor asked for."""
-    state = session.model.state
-    if state is None or state.lr.effective is None or action.restore_overrides:
-        return None
-    points = (await session.history(["lr_scheduled"], from_step=max(0, info.step - 1), to_step=info.step + 1)).get(
-        "lr_scheduled"
-    )
-    if points is None or not len(points):
-        return None
-    at = int(abs(points.columns["step"] - (info.step + 1)).argmin())
-    scheduled = float(points.columns["value"][at])
-    if action.lr_scale is not None:
-        return scheduled * action.lr_scale
-    return scheduled * (state.lr.effective / state.lr.scheduled) if state.lr.scheduled else None

@@ -6,7 +6,7 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from trainctl.client.errors import ClientError
-from trainctl.client.lost import LostWork, lost_work
+from trainctl.client.rollback_plan import LostWork, lost_work, lr_after, scheduled_after
 from trainctl.client.session import Session
 from trainctl.tui import figures
 from trainctl.tui.dialog import Dialog, NumberField, Wish, field_row
@@ -37,7 +37,9 @@ class RollbackDialog(Dialog):
         self.session = session
         self.checkpoints = {info.id: info for info in checkpoints}
         self.start = start
-        self._lost: dict[str, LostWork] = {}  # by checkpoint, as it was when it was first looked at
+        # By checkpoint, as it was when it was first looked at.
+        self._lost: dict[str, LostWork] = {}
+        self._scheduled: dict[str, float | None] = {}
 
     def body(self) -> Iterable[Widget]:
         yield TableView(self.look, id="choose")
@@ -96,15 +98,16 @@ class RollbackDialog(Dialog):
             self.run_worker(self._look_up(chosen), group="lost", exclusive=True)
         parts = [self._lost_words(chosen, self._lost.get(chosen.id))]
         parts += [f"{skip:,} batches skipped"] if skip else []
-        parts += [self._lr_words(scale)] if scale != 1 else []
+        parts += self._lr_words(chosen, scale)
         ranks = self.model.info.world_size if self.model.info else 0
         parts += [other] if (other := resized_words(chosen.world_size, ranks)) else []
         parts += ["its hashes are checked first"] if chosen.verified is None else []
         self.query_one("#plan", Static).update(f"{self.look.symbols.rollback} " + " · ".join(parts))
 
     async def _look_up(self, chosen: CheckpointInfo) -> None:
-        """How long the steps took that would be lost: the run's history knows."""
+        """How long the steps took that would be lost, and the rate then: the run's history knows."""
         try:
+            self._scheduled[chosen.id] = await scheduled_after(self.session, chosen)
             self._lost[chosen.id] = await lost_work(self.session, chosen, list(self.checkpoints.values()))
         except ClientError:
             since = max(0, self.model.state.step - chosen.step) if self.model.state and not chosen.abandoned else None
@@ -121,11 +124,14 @@ class RollbackDialog(Dialog):
         words = f"{steps:,} steps are lost" if steps is not None else "how many steps are lost is not known"
         return f"back from step {step:,} to {chosen.step:,}: {words}, {hours}"
 
-    def _lr_words(self, scale: float) -> str:
-        effective = self.model.state.lr.effective if self.model.state else None
-        return f"lr {self.look.symbols.times}{scale:g}" + (
-            f" (from {figures.learning_rate(effective)} now)" if effective is not None else ""
-        )
+    def _lr_words(self, chosen: CheckpointInfo, scale: float) -> list[str]:
+        lr = self.model.state.lr if self.model.state else None
+        factor = f" {self.look.symbols.times}{scale:g}" if scale != 1 else ""
+        if lr is None or lr.effective is None:
+            return [f"lr{factor}"] if factor else []
+        after = lr_after(lr, self._scheduled.get(chosen.id), None if scale == 1 else scale)
+        arrow = self.look.symbols.arrow
+        return [f"lr{factor}: {figures.learning_rate(lr.effective)} {arrow} {figures.learning_rate(after)}"]
 
     def wish(self) -> Wish:
         chosen, (skip, scale) = self._chosen(), self._numbers()

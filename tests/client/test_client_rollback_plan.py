@@ -7,7 +7,7 @@ import msgspec
 import pytest
 from scripted_hub import ScriptedHub, hub, make_checkpoint, rows
 
-from trainctl.client.lost import LostWork, lost_work
+from trainctl.client.rollback_plan import LostWork, lost_work
 from trainctl.client.session import open_session
 from trainctl.wire.lineage import Branch, record_branch
 from trainctl.wire.manifest import pick
