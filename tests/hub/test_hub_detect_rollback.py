@@ -105,15 +105,23 @@ def test_a_leap_right_after_a_rollback_is_noticed_by_what_was_usual_at_the_targe
     assert begin.text.startswith("loss leapt to 40.00 at step 251: usually 1.994")
 
 
-def test_a_rollback_into_an_episode_goes_on_with_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("restarted", [False, True])
+def test_an_episode_that_a_rollback_leads_into_goes_on_and_is_told_anew(restarted: bool, tmp_path: Path) -> None:
     hub = Hub(tmp_path)
     assert [event.severity for event in hub.train([*noisy(200, seed=1), *[30.0] * 20, *noisy(40, seed=2)])] == [
         "warning",
         "good",
     ]
     hub.roll_back(210)
+    if restarted:
+        hub.restart()
     assert hub.watch().spiking
-    assert [event.severity for event in hub.train([30.0, *noisy(20, seed=3)])] == ["good"]
+    told = hub.train([30.0, *noisy(20, seed=3)])
+    assert [(event.severity, event.incarnation) for event in told] == [("warning", 2), ("good", 2)]
+    assert told[0].step == 211
+    assert "it had leapt before the step that the run went back to" in told[0].text
+    hub.restart()
+    assert hub.train(noisy(5, seed=4)) == [], "once"
 
 
 operations = st.lists(
@@ -133,6 +141,7 @@ def test_whatever_happened_it_decides_as_one_that_saw_the_live_branch_alone(
 ) -> None:
     hub = Hub(Path("/nonexistent"))
     hub.train(noisy(120, seed))
+    goes_on = False
     for number, (what, much, leaps) in enumerate(operations):
         match what:
             case "train":
@@ -142,9 +151,14 @@ def test_whatever_happened_it_decides_as_one_that_saw_the_live_branch_alone(
                 before = len(hub.live)
                 told = hub.train(losses.tolist(), at_once=7)
                 turns = [turn for turn in SpikeWatch().observe(np.array(hub.live)) if turn.at >= before]
-                assert [(event.step, event.value) for event in told] == [(turn.at + 1, turn.value) for turn in turns]
+                expected = [(turn.at + 1, turn.value) for turn in turns]
+                if goes_on:
+                    expected.insert(0, (before + 1, float(losses[0])))
+                assert [(event.step, event.value) for event in told] == expected
+                goes_on = False
             case "roll back":
                 hub.roll_back(much % (hub.step + 1))
+                goes_on = never_left(hub.live).spiking
             case _:
                 hub.restart()
         if what != "roll back" or hub.live:

@@ -38,12 +38,14 @@ class SpikeWatches:
     """A `SpikeWatch` for each loss of the run's newest incarnation. Pure.
 
     `past` gives the values of the live branch that an incarnation found of a curve when it began: it goes on with them,
-    and knows nothing of the branch that was abandoned.
+    and knows nothing of the branch that was abandoned. An episode that it begins in is told anew, because whoever
+    follows the events (alerts, the retention) goes by those of an incarnation.
     """
 
     def __init__(self, past: Past = _no_past) -> None:
         self._past = past
         self._curves: dict[str, SpikeWatch | None] = {}  # None: known to the incarnation before
+        self._goes_on: set[str] = set()  # an episode of the incarnation before, to be told of
         self._incarnation = 0
 
     def curve(self, metric: str, incarnation: int) -> SpikeWatch | None:
@@ -51,6 +53,7 @@ class SpikeWatches:
         if incarnation > self._incarnation:
             self._incarnation = incarnation
             self._curves = dict.fromkeys(self._curves)
+            self._goes_on.clear()
         if incarnation < self._incarnation or not is_loss(metric):
             return None
         if metric not in self._curves and len(self._curves) >= CURVES:
@@ -59,11 +62,14 @@ class SpikeWatches:
         if watch is None:
             watch = self._curves[metric] = SpikeWatch()
             watch.observe(self._past(metric, incarnation))
+            if watch.spiking:
+                self._goes_on.add(metric)
         return watch
 
-    def resume(self, metric: str, incarnation: int, past: NDArray[np.floating], *, spiking: bool) -> None:
-        """Begin to watch in the middle of an incarnation, after all of `past`; operators were told that it is
-        `spiking`, which counts."""
+    def resume(self, metric: str, incarnation: int, past: NDArray[np.floating], told: Anomaly | None) -> None:
+        """Begin to watch in the middle of an incarnation, after all of `past`. What operators were told last of it on
+        the live branch counts."""
+        spiking = told is not None and told.severity == "warning"
         self._incarnation = max(self._incarnation, incarnation)
         if not is_loss(metric) or len(self._curves) >= CURVES:
             return
@@ -71,6 +77,8 @@ class SpikeWatches:
         watch.observe(past)
         if watch.spiking != spiking:
             watch.assume(spiking=spiking)
+        if told is not None and told.incarnation < incarnation and watch.spiking:
+            self._goes_on.add(metric)
 
     def observe(self, rows: Rows) -> list[Anomaly]:
         """The episodes that begin or end in these rows."""
@@ -78,7 +86,10 @@ class SpikeWatches:
         for column in rows.columns:
             curve = self.curve(column.name, rows.incarnation)
             values = finite_values(rows, column)
-            if curve is not None and values is not None:
+            if curve is not None and values is not None and len(values):
+                if column.name in self._goes_on:
+                    self._goes_on.remove(column.name)
+                    found.append(_goes_on(rows, column.name, float(values[0])))
                 found += [_told(rows, column.name, turn) for turn in curve.observe(values)]
         return found
 
@@ -100,6 +111,20 @@ def _told(rows: Rows, metric: str, turn: Turn) -> Anomaly:
         severity="warning" if turn.begins else "info" if turn.stays else "good",
         metric=metric,
         value=turn.value,
+    )
+
+
+def _goes_on(rows: Rows, metric: str, value: float) -> Anomaly:
+    step = rows.steps[0]
+    return Anomaly(
+        time=rows.times[0],
+        step=step,
+        incarnation=rows.incarnation,
+        what=SPIKE,
+        text=f"{metric} is {number(value)} at step {step}: it had leapt before the step that the run went back to",
+        severity="warning",
+        metric=metric,
+        value=value,
     )
 
 
@@ -150,7 +175,7 @@ def learn(record: RunRecord, nonfinite: NonFiniteWatch, spikes: SpikeWatches) ->
                 turned[event.metric] = event
     for metric in filter(is_loss, record.metrics.names):
         past = past_values(record.metrics, metric, incarnation=incarnation, at_most=_replayed(record))
-        spikes.resume(metric, incarnation, past, spiking=metric in turned and turned[metric].severity == "warning")
+        spikes.resume(metric, incarnation, past, turned.get(metric))
 
 
 def _replayed(record: RunRecord) -> int:
