@@ -1,5 +1,6 @@
 """Run by test_checkpoint_ranks.py as one rank of two: `checkpoint_ranks.py DIRECTORY RANK WORLD_SIZE SCENARIO`."""
 
+import errno
 import os
 import signal
 import sys
@@ -120,6 +121,27 @@ def alike(group: Any, text: str | None) -> str:
     return str(text)
 
 
+def refused_where_rank_1_cannot_read(training: Training) -> str:
+    """Why nobody loads, though every other rank has read its part; and that nothing was touched on any."""
+    now = [parameter.detach().clone() for parameter in training.model.parameters()]
+    intact = loading._read_tensors
+
+    def fails(*_: Any) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    if rank == 1:
+        loading._read_tensors = fails
+    try:
+        training.checkpointer.load("b")
+    except CheckpointError as refused:
+        problem = str(refused)
+    finally:
+        loading._read_tensors = intact
+    assert all(torch.equal(p, old) for p, old in zip(training.model.parameters(), now, strict=True))
+    assert list_checkpoints(training.checkpointer.directory)[-1].verified is True, "its files are as the manifest says"
+    return problem
+
+
 def failures(group: Any) -> None:
     """One rank's trouble is everybody's, in the same words, and the next save works."""
     training = Training(wrapped_in_ddp(), group, name="failures")
@@ -132,6 +154,9 @@ def failures(group: Any) -> None:
     assert training.save("b") is None  # rank 0 begins with an empty stage
     before = [parameter.detach().clone() for parameter in training.model.parameters()]
     training.run(1)
+    error = alike(group, refused_where_rank_1_cannot_read(training))
+    assert error.startswith("rank 1: checkpoint b cannot be read"), error
+    assert "Input/output error" in error, error
     if rank == 0:
         damaged = training.checkpointer.directory / "b" / "rank-00001.pt"
         damaged.write_bytes(damaged.read_bytes()[:-1])
