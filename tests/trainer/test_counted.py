@@ -113,9 +113,22 @@ class TestData:
 
         skipping = feed()
         skipping.load_state_dict(state)
-        skipping.reopen(skip=2)
+        skipping.reopen()
+        skipping.skip(2)
         assert skipping.index == 14
         assert skipping.next().tolist() == more[14]
+
+    def test_an_epoch_that_begins_among_what_is_skipped_has_the_order_that_it_had(self) -> None:
+        source = feed()
+        taken(source, 5)
+        state, drawn_from = source.state_dict(), capture_rng()
+        more = taken(source, 4)
+        again = feed()
+        again.load_state_dict(state)
+        again.reopen()
+        restore_rng(drawn_from)
+        again.skip(1)
+        assert taken(again, 2) == {number: more[number] for number in (6, 7)}
 
     def test_a_checkpoint_from_before_indices_were_counted_is_taken(self) -> None:
         source = feed()

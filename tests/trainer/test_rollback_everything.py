@@ -4,6 +4,7 @@ shuffling, loader workers, accumulation over the end of an epoch, an average of 
 tests/scripts/exact.py writes for each step a hash of parameters, optimizer, scaler, tracked objects and generators.
 """
 
+from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -64,57 +65,53 @@ def trained(running: Job) -> list[dict[int, Line]]:
     return straight
 
 
-def assert_same(running: Job, straight: list[dict[int, Line]], begins: dict[int, int]) -> None:
-    """Every step of every rank is as it was `straight`, if that went so far; `begins` are the incarnations' first."""
+def assert_same(
+    running: Job, straight: list[dict[int, Line]], begins: dict[int, int], skipping: Collection[int] = ()
+) -> None:
+    """Every step of every rank is as it was `straight`, if that went so far, but in incarnations that are `skipping`
+    data; `begins` are the first steps of all."""
     for rank in range(running.ranks):
         firsts: dict[int, int] = {}
         for line in running.lines(rank):
             firsts.setdefault(line["incarnation"], line["step"])
-            expected = straight[rank].get(line["step"], {})
+            expected = {} if line["incarnation"] in skipping else straight[rank].get(line["step"], {})
             differing = [name for name in expected if name not in _OF_ITS_OWN and line[name] != expected[name]]
             assert not differing, (rank, line["incarnation"], line["step"], differing)
         assert firsts == begins
 
 
-def test_two_rollbacks_across_the_end_of_an_epoch_on_two_ranks(tmp_path: Path) -> None:
-    with job("exact.py", 2, tmp_path, ["--steps", "100000", "--sleep", "0.03", "--drawn"]) as running:
-        until_in(running, 1, MIDDLE + 6)
-        roll_back(running, MIDDLE)
-        until_in(running, 2, MIDDLE + 6)
-        roll_back(running, END)
-        until_in(running, 3, MIDDLE + 6)
-        first = [{line["step"]: line for line in of_incarnation(running, rank, 1)} for rank in range(2)]
-        assert_same(running, first, {1: 1, 2: MIDDLE + 1, 3: END + 1})
-
-
-def test_exactly_the_micro_batches_that_were_asked_for_are_left_out_on_each_rank(tmp_path: Path) -> None:
+def test_on_two_ranks_rollbacks_are_exact_and_leave_out_exactly_the_micro_batches_that_were_asked_for(
+    tmp_path: Path,
+) -> None:
     far = 27
     with job("exact.py", 2, tmp_path, ["--steps", "100000", "--sleep", "0.03"]) as running:
         until_in(running, 1, far)
-        # Where each incarnation begins, and with which micro-batch: two make a step, 15 an epoch.
+        # After which step each incarnation begins, and with which micro-batch: two make a step, 15 an epoch.
         begins = {1: (0, 0)}
         for to, skip, index in [
-            (EARLIER, 0, 20),
-            (END, 1, 31),  # that branch's step 15 is the end of an epoch
+            (MIDDLE, 0, 40),
+            (END, 0, 30),
+            (END, 1, 31),  # from the end of an epoch
             (EARLIER, 3, 23),  # in the middle of one; what was left out before is there again
             (EARLIER, 13, 33),  # over the end of one
-            (END, 1, 33 + 10 + 1),  # that branch's step 15 had read up to 33 + 10
+            (END, 1, 33 + 10 + 1),  # that branch's own step 15 had read up to 33 + 10
         ]:
             roll_back(running, to, "--skip-batches", str(skip))
             begins[len(begins) + 1] = (to, index)
             until_in(running, len(begins), to + 6)
+        first = [{line["step"]: line for line in of_incarnation(running, rank, 1)} for rank in range(2)]
+        assert_same(running, first, {number: step + 1 for number, (step, _) in begins.items()}, skipping={4, 5, 6, 7})
         for rank in range(2):
-            order = [index for line in of_incarnation(running, rank, 1) for index in line["indices"]]
+            order = [index for line in first[rank].values() for index in line["indices"]]
             assert len(order) >= 8 * far
-            for incarnation, (step, first) in begins.items():
+            for incarnation, (_, index) in begins.items():
                 lines = of_incarnation(running, rank, incarnation)
-                assert lines[0]["step"] == step + 1
-                read = [index for line in lines for index in line["indices"]]
-                known = order[4 * first :]  # four samples to a micro-batch
+                read = [one for line in lines for one in line["indices"]]
+                known = order[4 * index :]  # four samples to a micro-batch
                 assert len(known) > 20
                 assert read[: len(known)] == known[: len(read)], (rank, incarnation)
                 for at, line in enumerate(lines[:-1]):
-                    assert line["data"] == [first + 2 * at, first + 2 * at + 1], "indices stay absolute"
+                    assert line["data"] == [index + 2 * at, index + 2 * at + 1], "indices stay absolute"
 
 
 @pytest.mark.thorough
@@ -140,7 +137,13 @@ def test_rollbacks_before_and_after_a_resume_on_four_ranks(order: list[str], tmp
         until_in(running, 5, MIDDLE + 1)
         roll_back(running, END)
         until_in(running, 6, STEPS)
+        roll_back(running, END, "--skip-batches", "1")  # the next epoch begins among what is skipped
+        until_in(running, 7, END + 6)
         resumed = of_incarnation(running, 0, 4)[0]["step"]
         assert resumed > END, "on the live branch"
         assert (resumed - 1) % 5 == 0
-        assert_same(running, straight, {4: resumed, 5: EARLIER + 1, 6: END + 1})
+        assert_same(running, straight, {4: resumed, 5: EARLIER + 1, 6: END + 1, 7: END + 1}, skipping={7})
+        for rank in range(4):
+            order = [index for line in straight[rank].values() for index in line["indices"]]
+            read = [index for line in of_incarnation(running, rank, 7) for index in line["indices"]]
+            assert read[:48] == order[4 * 31 :][:48]

@@ -41,7 +41,9 @@ class Training:
     def restore(self, saved: tuple[Any, Any], skip: int = 0) -> None:
         state, rng = copy.deepcopy(saved)
         self.feed.load_state_dict(state)
-        self.feed.reopen(skip=skip)
+        self.feed.reopen()
+        restore_rng(rng)
+        self.feed.skip(skip)
         restore_rng(rng)
 
 

@@ -477,9 +477,11 @@ def position(core: Core, loaded: Loaded, *, skip: int = 0, tell: bool = True) ->
         core.overrides.begin_anew(step)
     if core.feed is not None:
         own = None if loaded.same_ranks else capture_rng()
-        core.feed.reopen(skip=skip)
-        if own is not None:
-            restore_rng(own)  # the replay drew from the generators, and there is nothing to restore afterwards
+        core.feed.reopen()
+        for left_out in (skip, 0):
+            # The replay drew from the generators, and so does an epoch that begins among what is skipped.
+            restore_rng(own) if own is not None else loaded.restore_rng()
+            core.feed.skip(left_out)
     if tell and core.callbacks.on_rollback is not None:
         core.callbacks.on_rollback(step)
     loaded.restore_rng()  # last: making an iterator draws random numbers

@@ -92,8 +92,8 @@ class Feed:
             self.index, _ = among(self.index, before, self._world_size)
         self._iterator, self._restored = None, state
 
-    def reopen(self, *, skip: int = 0) -> None:
-        """After `load_state_dict`: make the iterator anew and pass over `skip` micro-batches.
+    def reopen(self) -> None:
+        """After `load_state_dict`: make the iterator anew.
 
         Draws random numbers, so the checkpoint's own random state is restored after this.
         """
@@ -106,7 +106,11 @@ class Feed:
                 self._open()
             else:
                 self._replay(state["rng"])
-        for _ in range(skip):
+
+    def skip(self, count: int) -> None:
+        """Pass over so many micro-batches. An epoch that begins meanwhile may draw its order: the random state should
+        be the one in which training would have begun it."""
+        for _ in range(count):
             self.next()
 
     def _replay(self, rng: Rng | None) -> None:
