@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from acting import act, events, status, trains_on
 from jobs import Job, job, trainctl, trainctl_json
 from waiting import until
 
@@ -80,3 +81,45 @@ def test_an_evaluation_that_was_asked_for_lets_others_act_meanwhile(tmp_path: Pa
         assert trainctl_json("status", *run)["state"] == "paused", "as it was before"
         trainctl_json("resume", *run)
         running.until_step(held + 3)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "raising", "words"),
+    [
+        (1, "0", "on_eval raised ValueError: a bad batch on rank 0"),
+        (2, "1", "rank 1: on_eval raised ValueError: a bad batch on rank 1"),
+        pytest.param(2, "01", "rank 0: on_eval raised ValueError: a bad batch on rank 0", marks=pytest.mark.thorough),
+    ],
+)
+def test_an_evaluation_that_raises_when_it_is_asked_for_costs_itself_and_not_the_job(
+    ranks: int, raising: str, words: str, tmp_path: Path
+) -> None:
+    with job("faulty.py", ranks, tmp_path, arguments_before=["eval-raises", raising]) as running:
+        running.until_step(5)
+        failed = act(running, "eval", code=1)
+        assert (failed["state"], failed["reason"]) == ("failed", words)
+        trains_on(running)
+        assert not (tmp_path / "trains-in-eval-mode").exists()
+        assert act(running, "set", "x", "3")["state"] == "applied", "what comes behind it works"
+        paused = act(running, "pause")["step"]
+        assert act(running, "eval", code=1)["reason"] == words
+        held = status(running)
+        assert (held["state"], held["step"]) == ("paused", paused), "held where it was"
+        assert act(running, "resume")["state"] == "applied"
+        trains_on(running)
+
+
+@pytest.mark.thorough
+def test_where_a_rank_raises_before_a_collective_that_others_wait_in_the_job_ends_with_the_reason(
+    tmp_path: Path,
+) -> None:
+    with job("faulty.py", 2, tmp_path, arguments_before=["eval-splits"]) as running:
+        running.until_step(5)
+        failed = act(running, "eval", code=None)
+        assert running.wait(60) != 0
+        assert "ValueError: a bad batch on rank 1" in running.log()
+        told = [line for line in events(running, "command") if line["id"] == failed["id"]]
+        assert told[-1]["state"] in {"failed", "unknown"}, "the operator hears of it while there is time"
+        if told[-1]["state"] == "failed":
+            assert "rank 1: on_eval raised ValueError" in told[-1]["reason"]
+            assert "have not made the same collectives" in told[-1]["reason"]

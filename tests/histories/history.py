@@ -100,7 +100,11 @@ def _once(history: History) -> Iterator[str]:
 
 
 def _agreement(history: History) -> Iterator[str]:
-    sequences = {record.rank: [applied.id for applied in record.applied] for record in history.ranks}
+    # An evaluation that raised on some ranks is one that failed, however it went on the others.
+    partly = {name for name in _of_commands(history, {"eval"}) if history.outcomes.get(name) == "failed"}
+    sequences = {
+        record.rank: [applied.id for applied in record.applied if applied.id not in partly] for record in history.ranks
+    }
     longest_rank, longest = max(sequences.items(), key=lambda item: len(item[1]))
     for record in history.ranks:
         own = sequences[record.rank]
@@ -122,10 +126,8 @@ def _truth(history: History) -> Iterator[str]:
     said = {(told.id, told.state, told.step, repr(told.after)): told for told in history.told if not told.own}
     for told in said.values():
         ranks = applied.get(told.id, {})
-        # How an evaluation ended rank 0 tells, when its own has ended.
-        needed = {0} if told.id in _of_commands(history, {"eval"}) else everybody
-        if told.state == "applied" and not needed <= ranks.keys() and told.id not in _of_commands(history, _ALONE):
-            missing = sorted(needed - ranks.keys())
+        if told.state == "applied" and not everybody <= ranks.keys() and told.id not in _of_commands(history, _ALONE):
+            missing = sorted(everybody - ranks.keys())
             yield f"{told.operator} was told that {told.id} is applied; ranks {missing} did not"
         if told.state == "applied" and told.step is not None:
             yield from (

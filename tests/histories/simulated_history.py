@@ -15,7 +15,7 @@ from simulated_time import World, simulated
 
 from trainctl.hub import desk as desk_module
 from trainctl.store import audit as audit_module
-from trainctl.trainer import actions, boundary, control, core, evaluation, gathering, leader, sender
+from trainctl.trainer import actions, boundary, control, core, evaluated, evaluation, gathering, leader, sender
 from trainctl.trainer.agreement import DOUBT_S
 from trainctl.wire.commands import (
     Abort,
@@ -38,7 +38,7 @@ from trainctl.wire.messages import CheckpointInfo
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_SIMULATED = (actions, boundary, control, core, evaluation, gathering, leader, sender, desk_module)
+_SIMULATED = (actions, boundary, control, core, evaluated, evaluation, gathering, leader, sender, desk_module)
 _CHECKPOINT = CheckpointInfo(id="step-1", step=1, incarnation=1, time=0.0, bytes=1)
 ACTS_STEPS = 60  # in which commands and faults fall
 CALM_S = 5.0  # after the last fault, before whatever still trains is ended
@@ -130,7 +130,9 @@ class Scene:
             return {}
         batches, uneven = dice.randint(1, 12), dice.random() < 0.4
         each = [batches + (dice.randint(0, 4) if uneven else 0) for _ in range(ranks)]
-        return {"eval_every": dice.choice((0, 2, 5, 9)), "eval_batches": each}
+        raising = frozenset(range(ranks) if dice.random() < 0.3 else [dice.randrange(ranks)])
+        raises = raising if dice.random() < 0.3 else frozenset[int]()
+        return {"eval_every": dice.choice((0, 2, 5, 9)), "eval_batches": each, "eval_raises": raises}
 
     # --- commands
 

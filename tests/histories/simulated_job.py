@@ -156,6 +156,7 @@ class RecordingActions(Actions):
     applied: list[Applied]
     now: Callable[[], float]
     _stop: Proposal | None = None
+    _asked: Proposal | None = None  # the evaluation that an operator asked for, while it runs
 
     def _apply(self, proposal: Proposal, staged: Staged) -> Outcome:
         step = self._core.boundary.completed
@@ -167,10 +168,19 @@ class RecordingActions(Actions):
         return outcome
 
     def _evaluate(self, proposal: Proposal) -> bool:
+        self._asked = proposal
         complete = super()._evaluate(proposal)
-        if complete:
-            self._record(proposal, self._core.boundary.completed, None)
+        self._asked = None
         return complete
+
+    @property
+    def asked(self) -> bool:
+        return self._asked is not None
+
+    def evaluated(self) -> None:
+        """This rank's own part is done, and whole."""
+        if self._asked is not None and self._core.ending is None:
+            self._record(self._asked, self._core.boundary.completed, None)
 
     def settle_stop(self) -> Outcome | None:
         outcome = super().settle_stop()
@@ -336,7 +346,11 @@ class SimulatedRank:
 
         if not together():
             world.wait(together, None)
-        return {"val_loss": 1.0 / done}  # as a script's mean would, it fails where the batches ended before the first
+        value = 1.0 / done  # as a script's mean would, it fails where the batches ended before the first
+        if self.number in job.eval_raises and self.actions.asked:
+            raise RuntimeError("the script's own")
+        self.actions.evaluated()
+        return {"val_loss": value}
 
     def _meet_inside(self) -> None:
         before = len(self.actions.applied)
@@ -356,6 +370,7 @@ class SimulatedRank:
     def _leave(self) -> None:
         """What `Run.close` does."""
         self.core.boundary.close()
+        self.actions.leave(LEAVE_S)
         if self.number == 0:
             self.job.leader.close()
             self.job.world.wait(lambda: self.job.leader_over, LEAVE_S)
@@ -379,10 +394,12 @@ class SimulatedJob:
         slow: float,
         eval_every: int = 0,
         eval_batches: Sequence[int] = (),
+        eval_raises: frozenset[int] = frozenset(),
     ) -> None:
         self.world = world
         self.eval_every = eval_every
         self.eval_batches = eval_batches or [2] * ranks
+        self.eval_raises = eval_raises  # on these ranks, where an operator asked for it
         self.directory = directory
         self.world_size = ranks
         self._step_s = step_s

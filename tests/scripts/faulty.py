@@ -7,6 +7,8 @@ FAULT: cut-before-commit   the leader's connection to the store is cut when all 
        die-before-go       killed when all are ready and nothing is decided
        silent-store        torchrun, which holds the store, is stopped when all are staged; doubt begins after 1 s
        refuse-13           the tunable's callback on rank 1 raises when it becomes 13
+       eval-raises RANKS   on_eval raises on these ranks (0, 1 or 01) when it is asked for, with the model in eval mode
+       eval-splits         … on rank 1, before a collective in which rank 0 then waits
        starve              rank 1's training thread keeps the GIL for about half a second in every 20th step
 """
 
@@ -22,6 +24,8 @@ from typing import Any
 
 import steered
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from trainctl.trainer import Run
 from trainctl.trainer import control as control_module
@@ -124,9 +128,37 @@ def refuse_13(output: Path) -> None:
     Run.tunable = listening  # type: ignore[method-assign]
 
 
+def raise_in_eval(output: Path, *, raises: bool, splits: bool) -> None:
+    attach, rank = Run.attach, os.environ["RANK"]
+
+    def attaching(name: str, *, model: nn.Module, **given: Any) -> Run:
+        def evaluate() -> dict[str, float]:
+            model.eval()
+            if raises:
+                raise ValueError(f"a bad batch on rank {rank}")
+            if splits:
+                dist.all_reduce(torch.zeros(1))
+            model.train()
+            return {"val_loss": 1.0}
+
+        def stepping(self: Run, **stepped: int) -> None:
+            if not model.training:
+                (output / "trains-in-eval-mode").touch()
+            step_done(self, **stepped)
+
+        step_done = Run.step_done
+        Run.step_done = stepping  # type: ignore[method-assign]
+        return attach(name, model=model, **given | {"on_eval": evaluate})
+
+    Run.attach = attaching  # type: ignore[method-assign, assignment]
+
+
 def main() -> None:
-    fault, output = sys.argv.pop(1), Path(sys.argv[1])
-    leads = os.environ["RANK"] == "0"
+    fault = sys.argv.pop(1)
+    raising = sys.argv.pop(1) if fault == "eval-raises" else "1"
+    output, leads = Path(sys.argv[1]), os.environ["RANK"] == "0"
+    if fault in {"eval-raises", "eval-splits"}:
+        raise_in_eval(output, raises=os.environ["RANK"] in raising, splits=fault == "eval-splits")
     if fault == "refuse-13":
         refuse_13(output)
     if fault == "starve" and not leads:

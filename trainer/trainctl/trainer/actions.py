@@ -17,6 +17,7 @@ from trainctl.trainer.checkpoint import CheckpointError, Loaded
 from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
 from trainctl.trainer.control import Control, InDoubt
 from trainctl.trainer.core import Core, Hold, PromisedStop, RunningSave
+from trainctl.trainer.evaluated import Evaluated, put_back, survey_of, survives
 from trainctl.trainer.evaluation import evaluate
 from trainctl.trainer.gathering import not_all_came
 from trainctl.trainer.leader import update_of
@@ -66,6 +67,8 @@ class Actions:
         self._signalled = signalled
         self._changes = Changes(core)
         self._held_at: Position | None = None  # the pause in which an evaluation was asked for
+        self._evaluated: Evaluated | None = None  # the newest that was asked for
+        self._broke: BaseException | None = None  # what meeting raised: ours, whoever it passes through
 
     def meet(self, *, inside: bool = False) -> None:
         """Act on what is armed for this boundary; while the run is paused, stay here.
@@ -74,10 +77,14 @@ class Actions:
         applying raised: half a command is worse than a stopped job.
         """
         core = self._core
-        self._meet_one(inside=inside)
-        if core.hold is not None and core.ending is None:
-            with heard_while_paused(self._signalled):
-                self._stay(inside=inside)
+        try:
+            self._meet_one(inside=inside)
+            if core.hold is not None and core.ending is None:
+                with heard_while_paused(self._signalled):
+                    self._stay(inside=inside)
+        except BaseException as error:
+            self._broke = error
+            raise
 
     def _stay(self, *, inside: bool) -> None:
         core = self._core
@@ -128,31 +135,36 @@ class Actions:
             self._evaluate(armed.proposal)
 
     def _evaluate(self, proposal: Proposal) -> bool:
-        """After the agreement on it is over, so that others may act meanwhile; how it ended rank 0 tells."""
+        """After the agreement on it is over, so that others may act meanwhile; whether it was complete here.
+
+        How it ended rank 0 tells. What the script's own on_eval raises costs the evaluation, and where the job can bear
+        it not the job.
+        """
         core, boundary = self._core, self._core.boundary
         # A paused run evaluates when asked to, and stays where it is held; inside it may be paused once more.
         hold, core.hold = core.hold, None
         self._held_at = boundary.held_at
-        complete = evaluate(core)
-        reason = None if complete else f"left before it was complete: stopped by {core.ended_by}"
+        survey = self._evaluated = survey_of(core, self._control, proposal)
+        complete = False
+        try:
+            with put_back(core.models):
+                complete = evaluate(core)
+            left = None if complete else f"left before it was complete: stopped by {core.ended_by}"
+            survey.report(complete=complete, reason=left)
+        except Exception as error:
+            if self._broke is not None or not survives(core, survey, error, lambda: self.meet(inside=True)):
+                raise
         inner = self._core.hold  # of a pause that nobody ended before the evaluation was
         core.hold, boundary.held_at, self._held_at = hold, self._held_at, None
         self.settle_stop()
         if core.ending is None and core.hold is None and inner is not None:  # paused inside, and could not be stopped
             core.hold, boundary.held_at = inner, Position(boundary.completed)
-        core.event(
-            update_of(
-                proposal.command,
-                proposal.actor,
-                "applied" if complete else "failed",
-                core.boundary.completed,
-                core.boundary,
-                core.incarnation,
-                core.place.world_size,
-                reason=reason,
-            )
-        )
         return complete
+
+    def leave(self, timeout_s: float) -> None:
+        """The loop is left: an evaluation that ended just now may still have its outcome."""
+        if self._evaluated is not None:
+            self._evaluated.close(timeout_s)
 
     def _two_phases(self, armed: Armed) -> Outcome:
         staged = self._stage(armed.proposal)

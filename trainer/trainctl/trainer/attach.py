@@ -116,6 +116,7 @@ def start(script: Script) -> Parts:
         phases=Phases(Accelerator(device, slots=0, timing=True) if device is not None else None),
         tunables=Tunables(),
         callbacks=script.callbacks,
+        models=script.models,
         incarnation=identity.incarnation,
         retention=script.keep,
     )

@@ -94,6 +94,10 @@ class Control(threading.Thread):
         with self._talk_lock:
             return self._talking.decide(key, content)
 
+    def get_all(self, keys: Sequence[str]) -> list[bytes | None]:
+        with self._talk_lock:
+            return self._talking.get_all(keys)
+
     def run(self) -> None:
         armed: Armed | None = None
         try:

@@ -4,9 +4,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from torch import nn
 
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.buffer import RowBuffer
@@ -84,6 +86,7 @@ class Core:
     phases: Phases
     tunables: Tunables
     callbacks: Callbacks
+    models: Sequence[nn.Module] = ()
     overrides: Overrides | None = None
     feed: Feed | None = None
     flops: FlopMeter | None = None

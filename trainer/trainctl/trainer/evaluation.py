@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from trainctl.trainer.control import InDoubt
 from trainctl.trainer.core import Core
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def evaluate(core: Core) -> bool:
         with writing:
             metrics = core.callbacks.on_eval()
     except Exception as error:
-        if ended_before or core.ending is None:
+        if ended_before or core.ending is None or isinstance(error, InDoubt):
             raise
         # Ours: it got fewer batches than it has ever got, perhaps none.
         log.info("trainctl: the evaluation was left before it was complete: %s: %s", type(error).__name__, error)

@@ -327,6 +327,8 @@ class Run:
         self._closed = True
         core = self._core
         core.boundary.close()
+        if self._actions is not None:
+            self._actions.leave(_LEAVE_S)
         if core.checkpointer is not None:
             core.checkpointer.drain()  # a save, and the warming: a thread inside torch would abort the exit
         if self._parts.leader is not None:

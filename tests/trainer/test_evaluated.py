@@ -1,0 +1,146 @@
+"""What becomes of an evaluation that an operator asked for, from what every rank reports of it."""
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import pytest
+import torch
+from torch import nn
+from torch._C._distributed_c10d import HashStore
+
+from trainctl.trainer.agreement import Seal
+from trainctl.trainer.evaluated import Evaluated, Report, in_step, put_back, told, words_for
+from trainctl.trainer.meeting import Connection
+from waiting import until
+
+WHOLE = Report(complete=True, collectives=4)
+LEFT = Report(complete=False, reason="left before it was complete: stopped by mk", collectives=4)
+
+
+def raised(words: str = "on_eval raised ValueError: bad", collectives: int | None = 4) -> Report:
+    return Report(complete=False, reason=words, raised=True, collectives=collectives)
+
+
+class Ranks:
+    """Ranks that follow one evaluation; each has made as many collectives as `made` says."""
+
+    def __init__(self, made: list[int]) -> None:
+        self.made = [0] * len(made)
+        self.told: list[Sequence[Report]] = []
+        store = HashStore()
+
+        def count(rank: int) -> Callable[[], int]:
+            return lambda: self.made[rank]
+
+        self.each = [
+            Evaluated(
+                Connection(store, "t", Seal(b"secret", 1)),
+                number=1,
+                rank=rank,
+                ranks=len(made),
+                tell=self.told.append,
+                collectives=count(rank),
+            )
+            for rank in range(len(made))
+        ]
+        self.made = made
+
+    def __enter__(self) -> Self:
+        for one in self.each:
+            one.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one in self.each:
+            one.close(0.5)
+
+
+def test_it_is_applied_once_every_rank_is_done() -> None:
+    with Ranks([2, 2]) as ranks:
+        ranks.each[0].report(complete=True)
+        assert not ranks.each[0].over.wait(0.3), "the other still evaluates"
+        assert not ranks.told
+        ranks.each[1].report(complete=True)
+        assert ranks.each[0].over.wait(10)
+    (reports,) = ranks.told
+    assert told(reports) is None
+
+
+def test_a_rank_that_raised_learns_how_the_others_went() -> None:
+    with Ranks([2, 2, 2]) as ranks:
+        ranks.each[1].report(complete=False, reason="on_eval raised ValueError: bad", raised=True)
+        ranks.each[2].report(complete=True)
+        assert not ranks.each[1].over.wait(0.3), "rank 0 still evaluates, perhaps in a collective"
+        ranks.each[0].report(complete=True)
+        assert ranks.each[1].over.wait(10)
+        assert in_step(ranks.each[1].reports)
+        assert ranks.each[0].over.wait(10)
+    assert told(ranks.told[0]) == "rank 1: on_eval raised ValueError: bad"
+
+
+def test_a_rank_that_waits_in_a_collective_to_which_the_one_that_raised_does_not_come_is_no_riddle_for_ever() -> None:
+    with Ranks([3, 2]) as ranks:
+        ranks.each[1].report(complete=False, reason="on_eval raised ValueError: bad", raised=True)
+        assert ranks.each[1].over.wait(10), "though rank 0 never returns from its on_eval"
+        assert not in_step(ranks.each[1].reports)
+        assert ranks.each[0].over.wait(10)
+    reason = told(ranks.told[0])
+    assert reason is not None
+    assert reason.startswith("rank 1: on_eval raised ValueError: bad; the ranks have not made the same collectives")
+
+
+def test_a_rank_that_is_merely_slower_is_not_taken_for_one_that_hangs() -> None:
+    with Ranks([1, 2]) as ranks:
+        ranks.each[1].report(complete=False, reason="on_eval raised ValueError: bad", raised=True)
+        assert not ranks.each[1].over.wait(0.6)
+        ranks.made[0] = 2
+        ranks.each[0].report(complete=True)
+        assert ranks.each[1].over.wait(10)
+        assert in_step(ranks.each[1].reports)
+        assert ranks.each[0].over.wait(10)
+
+
+@pytest.mark.parametrize(
+    ("reports", "words"),
+    [
+        ([WHOLE, WHOLE], None),
+        ([LEFT, LEFT], LEFT.reason),
+        ([raised()], "on_eval raised ValueError: bad"),
+        ([raised(), raised()], "every rank: on_eval raised ValueError: bad"),
+        ([WHOLE, raised()], "rank 1: on_eval raised ValueError: bad"),
+        ([LEFT, raised()], "rank 1: on_eval raised ValueError: bad"),
+        ([raised("one"), raised("other")], "rank 0: one"),
+        ([WHOLE, raised(collectives=None)], "rank 1: on_eval raised ValueError: bad"),
+    ],
+)
+def test_what_the_operator_is_told(reports: list[Report], words: str | None) -> None:
+    assert told(reports) == words
+
+
+def test_a_model_trains_on_in_the_mode_in_which_it_was() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Dropout())
+    model[1].eval()  # a part that the script keeps frozen
+
+    @put_back([model])
+    def evaluate() -> None:
+        model.eval()
+        torch.set_grad_enabled(False)
+        raise ValueError("bad")
+
+    with pytest.raises(ValueError, match="bad"):
+        evaluate()
+    assert [module.training for module in model.modules()] == [True, True, False]
+    assert torch.is_grad_enabled()
+
+
+def test_an_exception_is_told_in_one_line_of_bounded_length() -> None:
+    assert words_for(ValueError("two\nlines")) == "on_eval raised ValueError: two lines"
+    assert len(words_for(ValueError("x" * 10_000))) < 400
+
+
+def test_no_thread_is_left_of_an_evaluation_that_nobody_else_reports() -> None:
+    with Ranks([0, 0]) as ranks:
+        ranks.each[0].report(complete=True)
+        ranks.each[0].close(0.2)
+    until(lambda: not [thread for thread in threading.enumerate() if thread.name == "trainctl-evaluated"], 10)
