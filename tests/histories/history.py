@@ -4,6 +4,7 @@
 
     agreement   every rank that did not die applied the same commands, at the same steps, in the same order
     truth       `applied` means on every rank; `rejected`, `conflict`, `expired` and `superseded` mean on none
+    superseded  by one that may have been applied: of two that an operator sent, one counts
     one outcome for one id, to everybody who asked, in the audit log and in the run's record; it never changes
     audit       nothing is applied that has no line in the log from before, and the chain of the log is whole
     an end      what was accepted has an outcome, unless the history was cut off
@@ -66,6 +67,7 @@ class History:
     told: Sequence[Told] = ()
     audit: Sequence[str] = ()
     outcomes: dict[str, str] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
     unaudited: frozenset[str] = frozenset()
     complete: bool = True
 
@@ -77,6 +79,7 @@ def problems(history: History) -> list[str]:
         _agreement,
         _truth,
         _one_outcome,
+        _superseded,
         _audited,
         _chain,
         _ended,
@@ -175,6 +178,16 @@ def _one_outcome(history: History) -> Iterator[str]:
     for name, states in final.items():
         if len(states) > 1:
             yield f"{name} has {len(states)} outcomes: {states}"
+
+
+def _superseded(history: History) -> Iterator[str]:
+    """By one that took its place: an operator who sent both must not be left with neither."""
+    for name, state in history.outcomes.items():
+        words = re.search(r"sent (\S+) in its place", history.reasons.get(name, ""))
+        if state == "superseded" and words is not None:
+            newer = history.outcomes.get(words[1])
+            if newer not in {"applied", "superseded", "unknown"}:
+                yield f"{name} was superseded by {words[1]}, which is {newer}"
 
 
 def _audited(history: History) -> Iterator[str]:

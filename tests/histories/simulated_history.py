@@ -15,7 +15,18 @@ from simulated_time import World, simulated
 
 from trainctl.hub import desk as desk_module
 from trainctl.store import audit as audit_module
-from trainctl.trainer import actions, boundary, control, core, evaluated, evaluation, gathering, leader, sender
+from trainctl.trainer import (
+    actions,
+    boundary,
+    control,
+    core,
+    evaluated,
+    evaluation,
+    gathering,
+    leader,
+    outcomes,
+    sender,
+)
 from trainctl.trainer.agreement import DOUBT_S
 from trainctl.wire.commands import (
     Abort,
@@ -38,7 +49,7 @@ from trainctl.wire.messages import CheckpointInfo
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_SIMULATED = (actions, boundary, control, core, evaluated, evaluation, gathering, leader, sender, desk_module)
+_SIMULATED = (actions, boundary, control, core, evaluated, evaluation, gathering, leader, outcomes, sender, desk_module)
 _CHECKPOINT = CheckpointInfo(id="step-1", step=1, incarnation=1, time=0.0, bytes=1)
 ACTS_STEPS = 60  # in which commands and faults fall
 CALM_S = 5.0  # after the last fault, before whatever still trains is ended
@@ -168,7 +179,9 @@ class Scene:
             return Rollback(target="last")
         if kind < 0.93 and self.ids:
             return Cancel(command=dice.choice(self.ids))
-        return dice.choice((Stop(), Stop(), Abort(), Evaluate(), AddNote(text="so it is"), AddNote(text="so it was")))
+        return dice.choice(
+            (Stop(), Stop(), Abort(), Evaluate(), Evaluate(), AddNote(text="so it is"), AddNote(text="so it was"))
+        )
 
     def _send(self, operator: Operator, command: Command) -> None:
         self.say(f"{operator.name} sends {command}")
@@ -267,6 +280,7 @@ class Scene:
             told=[told for operator in self.operators for told in operator.told],
             audit=lines,
             outcomes=dict(outcomes),
+            reasons={} if hub is None else {name: str(found.reason) for name, found in hub.record.commands.items()},
             complete=hub is not None and hub.ended,
         )
         found = [*problems(history), *self._hangs(), *self.world.errors]

@@ -95,6 +95,13 @@ def test_who_was_told_that_nothing_happened_was_told_the_truth(good: History, st
     assert found == [f"truth: a was told to be {state}; ranks [0, 1] applied it"]
 
 
+def test_a_command_that_was_superseded_by_one_that_came_to_nothing_is_found(good: History) -> None:
+    reasons = {"old": "mk sent b in its place"}
+    lost = replace(good, outcomes=good.outcomes | {"old": "superseded"}, reasons=reasons)
+    assert problems(lost) == ["superseded: old was superseded by b, which is rejected"]
+    assert not problems(replace(lost, reasons={"old": "mk sent a in its place"}))
+
+
 def test_a_failure_that_every_rank_applied_is_found(good: History) -> None:
     found = problems(replace(good, told=[], outcomes={"a": "failed"}, audit=good.audit[:1]))
     assert found == ["truth: a was told to have failed; every rank applied it"]

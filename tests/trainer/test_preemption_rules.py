@@ -12,7 +12,7 @@ from one_rank import OneRank
 
 from trainctl.trainer.actions import begin_save
 from trainctl.trainer.core import Hold
-from trainctl.trainer.leader import update_of
+from trainctl.trainer.outcomes import update_of
 from trainctl.trainer.preemption import Preemption, Signalled, farewell, listen
 from trainctl.wire.commands import Stop
 from trainctl.wire.messages import LinkCommand

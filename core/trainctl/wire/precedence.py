@@ -11,7 +11,8 @@
 | rollback | another operator's lr …, set or rollback | conflict |
 | anything else | anything else | queue: one after another, in the order in which they were accepted |
 
-A queued command is decided at its own boundary; what it meets there says `wire/meets.py`.
+A queued command is decided at its own boundary; what it meets there says `wire/meets.py`. One that is superseded gives
+way once the newer one is applied, and is carried out where that comes to nothing (`trainer/superseded.py`).
 """
 
 from dataclasses import dataclass

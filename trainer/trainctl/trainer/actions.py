@@ -20,7 +20,7 @@ from trainctl.trainer.core import Core, Hold, PromisedStop, RunningSave
 from trainctl.trainer.evaluated import Evaluated, put_back, survey_of, survives
 from trainctl.trainer.evaluation import evaluate
 from trainctl.trainer.gathering import not_all_came
-from trainctl.trainer.leader import update_of
+from trainctl.trainer.outcomes import update_of
 from trainctl.trainer.preemption import Signalled, heard_while_paused
 from trainctl.trainer.steering import is_field, problem_with
 from trainctl.wire.commands import (

@@ -25,8 +25,8 @@ from torch import nn
 
 from trainctl.trainer.agreement import DOUBT_S, Proposal, encode
 from trainctl.trainer.core import Core
-from trainctl.trainer.leader import update_of
 from trainctl.trainer.meeting import StoreSilent
+from trainctl.trainer.outcomes import update_of
 
 log = logging.getLogger(__name__)
 

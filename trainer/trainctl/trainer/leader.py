@@ -36,9 +36,11 @@ from trainctl.trainer.agreement import (
 )
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.meeting import Connection, StoreSilent
+from trainctl.trainer.outcomes import update_of
 from trainctl.trainer.protocol import Lead, LeadEvent, lead_step, leaves_open, may_have_applied
 from trainctl.trainer.reverts import LEAD_LIMIT
-from trainctl.wire.commands import Command, Resume, args_of, spec_of
+from trainctl.trainer.superseded import GivingWay
+from trainctl.wire.commands import Command, Resume, spec_of
 from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand
 
 log = logging.getLogger(__name__)
@@ -93,6 +95,7 @@ class Leader(threading.Thread):
         self._aside: deque[_Item] = deque()  # they wait for the end of an evaluation, or of a save
         self._queued: dict[str, LinkCommand] = {}
         self._cancelled: dict[str, LinkCancel] = {}
+        self._giving_way = GivingWay()
         self._seen: set[str] = set()
         self._due: dict[str, int] = {}  # of undoings: not before this step
         self._number = 0
@@ -111,7 +114,10 @@ class Leader(threading.Thread):
         return f"the job's store does not answer rank 0: {cut}" if cut else None
 
     def submit(self, message: LinkCommand | LinkCancel) -> None:
-        if isinstance(message, LinkCancel):
+        if isinstance(message, LinkCancel) and message.superseded_by is not None:
+            if message.id in self._queued:  # else it is begun, and what is sent in its place comes behind it
+                self._giving_way.take(message)
+        elif isinstance(message, LinkCancel):
             queued = self._queued.pop(message.id, None)
             if queued is not None:  # not begun: it need not wait for what is before it in the queue
                 self._say_cancelled(queued.command, queued.actor, message)
@@ -169,7 +175,7 @@ class Leader(threading.Thread):
 
     def _waits(self, item: _Item) -> bool:
         boundary, (message, undo) = self._boundary, item
-        if undo is None and self._later(message.command):
+        if undo is None and (self._later(message.command) or self._gives_way(message.command.id)):
             return True
         held_at = boundary.held_at
         if held_at is not None and held_at.mark:
@@ -179,6 +185,11 @@ class Leader(threading.Thread):
         action = message.command.action
         # A resume is of the pause in which the evaluation was asked for.
         return undo is not None or not spec_of(action).inside or isinstance(action, Resume)
+
+    def _gives_way(self, command_id: str) -> bool:
+        """Whether a newer command, which may take the place of this one, has no outcome yet."""
+        newer = self._giving_way.newer_than(command_id)
+        return newer is not None and (newer not in self._seen or self.holds(newer))
 
     def _serve(self, item: _Item) -> None:
         message, undo = item
@@ -409,9 +420,7 @@ class Leader(threading.Thread):
         self._on(LeadEvent.REPORTED)  # the next proposal has to wait until every rank is past this one
 
     def _say_cancelled(self, command: Command, actor: str, cancel: LinkCancel) -> None:
-        if cancel.superseded_by is not None:
-            self._say(command, actor, "superseded", reason=f"{cancel.actor} sent {cancel.superseded_by} in its place")
-        elif cancel.actor == "hub":
+        if cancel.actor == "hub":
             self._say(command, actor, "expired", reason="it was not applied in time: nothing was changed")
         else:
             self._say(command, actor, "rejected", reason=f"cancelled by {cancel.actor}")
@@ -475,35 +484,10 @@ class Leader(threading.Thread):
                 reason,
             )
         )
-
-
-def update_of(
-    command: Command,
-    actor: str,
-    state: str,
-    step: int | None,
-    boundary: Boundary,
-    incarnation: int,
-    ranks: int,
-    before: object = None,
-    after: object = None,
-    reason: str | None = None,
-) -> CommandUpdate:
-    """A command's update, with the time and place of now."""
-    return CommandUpdate(
-        time=time.time(),
-        step=boundary.completed if step is None else step,
-        incarnation=incarnation,
-        id=command.id,
-        command=str(command.action.__struct_config__.tag),
-        args=args_of(command.action),
-        actor=actor,
-        state=state,  # type: ignore[arg-type]
-        before=before,  # type: ignore[arg-type]
-        after=after,  # type: ignore[arg-type]
-        ranks=ranks if state == "applied" else None,
-        reason=reason,
-    )
+        for cancel in self._giving_way.ended(command.id, state):
+            if (older := self._queued.pop(cancel.id, None)) is not None:
+                reason = f"{cancel.actor} sent {command.id} in its place"
+                self._say(older.command, older.actor, "superseded", reason=reason)
 
 
 def _read_answer(sealed: bytes | None) -> Answer:

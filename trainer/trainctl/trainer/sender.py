@@ -17,8 +17,9 @@ from trainctl.trainer.device import let_captures_be
 from trainctl.trainer.drops import DropWatch
 from trainctl.trainer.exchange import Exchange
 from trainctl.trainer.figures import Pace, run_state
-from trainctl.trainer.leader import Leader, update_of
+from trainctl.trainer.leader import Leader
 from trainctl.trainer.link import Link, wait_readable
+from trainctl.trainer.outcomes import update_of
 from trainctl.trainer.preemption import Preemption
 from trainctl.trainer.pruning import Pruner
 from trainctl.trainer.rank_ranges import RANKS_TOLD
