@@ -101,6 +101,19 @@ def test_a_stopped_rank_is_named_with_its_step_and_phase_and_so_is_the_one_that_
         until(lambda: [rank["state"] for rank in ranks(running)] == ["running", "running"], 20)
 
 
+def test_a_rank_that_hangs_in_a_first_step_which_the_other_has_behind_it_is_named(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "left-behind").touch()
+    with job("collectives.py", 2, output) as running:
+        running.until_step(1)
+        done_at = time.time()
+        event = told(running, 1, "stuck")
+        print(f"a hang in the first step is told {event['time'] - done_at:.1f} s after the other rank ended its own")
+        words = r"in communication for \d+ s, in its first step after step 0, and rank 0 is at step 1"
+        assert re.search(words, event["text"])
+
+
 def test_a_store_that_is_gone_is_told_and_training_goes_on(tmp_path: Path) -> None:
     with job("collectives.py", 2, tmp_path / "out") as running:
         running.until_step(12)

@@ -182,6 +182,70 @@ def test_a_hang_in_the_first_step_is_named_once_no_compilation_takes_so_long(pha
     assert told.news[2:] == [(0, "running"), (1, "running")]
 
 
+def in_the_first_step(rank: int, at: float, phase: str | None = "forward") -> RankFigures:
+    return figures(rank, at, 0, phase, 0.0 if phase else None, "starting")
+
+
+@pytest.mark.parametrize("phase", ["forward", None])
+@pytest.mark.parametrize("after_s", [3, 40])
+def test_a_rank_that_hangs_in_a_first_step_which_another_has_behind_it_is_named_within_ten(
+    phase: str | None, after_s: int
+) -> None:
+    told = Told()
+    for _ in range(after_s):
+        told.second(*(in_the_first_step(rank, told.now + 1.0, phase) for rank in range(2)))
+    assert told.news == []
+    done_at = told.now
+    while not told.news:
+        at = told.now + 1.0
+        told.second(figures(0, at, 1, "communication", done_at), in_the_first_step(1, at, phase))
+    assert told.now - done_at <= 10.0
+    ((_, finding),) = told.found
+    assert (finding.rank, finding.state) == (1, "stuck")
+    assert finding.text.startswith(f"in {phase or 'no phase'} for ")
+    assert finding.text.endswith(" s, in its first step after step 0, and rank 0 is at step 1")
+    told.well(2)
+    assert (1, "running") in told.news
+
+
+def test_ranks_that_end_their_first_step_one_after_another_are_left_in_peace() -> None:
+    told = Told()
+    told.second(*(in_the_first_step(rank, told.now + 1.0) for rank in range(2)))
+    for _ in range(6):
+        told.second(figures(0, told.now + 1.0, 1, "optimizer", told.now), in_the_first_step(1, told.now + 1.0))
+    told.step = 1
+    told.well(20)
+    assert told.news == []
+
+
+def test_who_waits_for_a_busy_rank_in_the_first_step_is_left_in_peace() -> None:
+    told = Told()
+    for _ in range(60):
+        at = told.now + 1.0
+        told.second(figures(0, at, 1, "eval", 0.5, "evaluating"), in_the_first_step(1, at))
+    assert told.news == []
+
+
+def test_time_in_which_the_store_was_silent_does_not_count_for_who_is_behind() -> None:
+    told = Told()
+    told.second(figures(0, 1.0, 1), in_the_first_step(1, 1.0))
+    for _ in range(60):
+        told.second(brings=False)
+    for _ in range(2):
+        told.second(figures(0, told.now + 1.0, told.step), in_the_first_step(1, told.now + 1.0))
+    assert told.news == []
+
+
+def test_a_rank_that_falls_silent_in_its_first_step_is_named_within_ten() -> None:
+    told = Told()
+    told.second(*(in_the_first_step(rank, 1.0) for rank in range(2)))
+    last = in_the_first_step(1, told.now)
+    while not told.news:
+        told.second(in_the_first_step(0, told.now + 1.0), last)
+    assert told.now - 1.0 <= 10.0
+    assert told.found[0][1].text.startswith("nothing was heard of it for 8 s: it was after step 0 in forward")
+
+
 def test_a_rank_that_stopped_between_two_phases_is_named_so() -> None:
     told = Told()
     told.well(20)

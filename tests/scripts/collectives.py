@@ -3,6 +3,7 @@
 usage: collectives.py OUTPUT [--steps N] [--sleep S] [--checkpoint-every N] [--eval-every N] [--exit-75]
 
 OUTPUT/alone: once it is there, rank 1 waits for the others in vain.
+OUTPUT/left-behind: the same, behind the optimizer's step, so that the others complete theirs.
 OUTPUT/long: while it is there, an evaluation does not end; OUTPUT/evaluating says that one began.
 """
 
@@ -65,6 +66,9 @@ def main() -> None:
                 optimizer.zero_grad()
                 loss.backward()
             optimizer.step()
+            if rank == 1 and (given.output / "left-behind").exists():
+                with run.phase("communication"):
+                    dist.all_reduce(torch.zeros(1), group=apart)
             run.log(loss=loss)
             time.sleep(given.sleep)
             run.step_done()

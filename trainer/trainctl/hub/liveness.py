@@ -5,7 +5,8 @@ figures come, or which stays in one phase for longer than the larger of `AT_LEAS
 (`UNKNOWN_S` while no median is known); where it is in no phase, the same holds for the time since its last step.
 An evaluation or a save takes as long as it takes until three of them are known, and while one rank is at it the others
 may wait for it.
-In its first step, where nothing is known yet and a compilation takes minutes, the limit is `FIRST_STEP_S`.
+In its first step, where nothing is known yet and a compilation takes minutes, the limit is `FIRST_STEP_S`; once another
+rank has that step behind it, it is no compilation that keeps a rank there, and the limit is `AT_LEAST_S` from then on.
 
 A rank's figures come by way of the store and rank 0. Where rank 0 itself is not heard the others are not judged, and
 where rank 0 is heard and brings nobody's figures, the store is to blame and not the ranks.
@@ -54,6 +55,8 @@ class _Rank:
     stepped_at: float
     figures: RankFigures | None = None
     excused_at: float = float("-inf")  # until then it may have waited for a rank that was busy
+    behind_at: float | None = None  # since when another rank has this one's first step behind it
+    ahead: str = ""  # that rank, in words
     judged: str | None = None  # "stuck", "dead" or "left"
     seen_alive: bool = False
     steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=_OBSERVED))
@@ -94,6 +97,16 @@ class _Rank:
     def shift(self, by_s: float) -> None:
         self.heard_at += by_s
         self.stepped_at += by_s
+        if self.behind_at is not None:
+            self.behind_at += by_s
+
+    def compare(self, other: "_Rank | None", now: float) -> None:
+        """`other` is the one of all ranks that has come furthest, None where nothing is known of it."""
+        mine, theirs = self.figures, other.figures if other is not None else None
+        if mine is None or theirs is None or mine.state != "starting" or theirs.step <= mine.step:
+            self.behind_at = None
+        elif self.behind_at is None:
+            self.behind_at, self.ahead = now, f"rank {theirs.rank} is at step {theirs.step}"
 
     def why_stuck(self, now: float) -> str | None:
         """A sentence, or None while nothing is wrong."""
@@ -129,9 +142,10 @@ class _Rank:
             for_s, where = figures.time - figures.phase_since + silent_s, f"in {figures.phase}"
         else:
             for_s, where = now - self.stepped_at, "in no phase"
-        if for_s <= FIRST_STEP_S:
-            return None
-        return f"{where} for {for_s:.0f} s, in its first step after step {figures.step}"
+        words = f"{where} for {for_s:.0f} s, in its first step after step {figures.step}"
+        if self.behind_at is not None:
+            return f"{words}, and {self.ahead}" if now - max(self.behind_at, self.excused_at) > AT_LEAST_S else None
+        return words if for_s > FIRST_STEP_S else None
 
     def finding(self, state: str, text: str, severity: Severity) -> Finding:
         step = self.figures.step if self.figures is not None else 0
@@ -200,6 +214,11 @@ class Liveness:
         muted = now - self._relay_at > RELAY_S
         self.store_silent = not muted and self._figures_at is not None and now - self._figures_at > STORE_S
         found = []
+        furthest = max(
+            (rank for rank in self._ranks.values() if rank.figures is not None),
+            key=lambda rank: rank.figures.step if rank.figures is not None else 0,
+            default=None,
+        )
         busy = {number for number, rank in self._ranks.items() if rank.is_busy}
         for number, rank in self._ranks.items():
             if busy - {number}:
@@ -209,6 +228,7 @@ class Liveness:
             if self.store_silent or (muted and number != 0):
                 rank.shift(0.0 if passed_s > _AWAKE_S else passed_s)
                 continue
+            rank.compare(furthest, now)
             if rank.judged is None and not self._done(rank) and (why := rank.why_stuck(now)) is not None:
                 rank.judged = "stuck"
                 found.append(rank.finding("stuck", why, "warning"))
