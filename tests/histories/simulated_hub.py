@@ -199,8 +199,8 @@ class SimulatedHub:
             item = self.mail.popleft()
             if item is None:
                 self._end("stopped", "the run is stopped", ended=True)
-            elif item[0] > self.record.link_have(1) and self._recorder.take(item[1], attempt=1, link=item[0]):
-                self.desk.heard(item[1])
+            elif item[0] > self.record.link_have(1):
+                self.desk.hear(item[1], attempt=1, link=item[0])
 
     def _end(self, state: Any, reason: str, *, ended: bool) -> None:
         self.ended = True

@@ -250,13 +250,13 @@ class Attendance:
             body = self._roll_call.judged(body)
         elif isinstance(body, Rows):
             body = self._admitted(body)
+        elif isinstance(body, CommandUpdate):
+            self._desk.hear(body, attempt=attempt, link=message.link)
+            return
         if self._recorder.take(body, attempt=attempt, link=message.link) is None:
             return
-        if isinstance(message.body, Rows):
-            if message.body.steps:
-                self._board.life.advanced(message.body.steps[-1], message.body.times[-1], message.body.incarnation)
-        elif isinstance(message.body, CommandUpdate):
-            self._desk.heard(message.body)
+        if isinstance(message.body, Rows) and message.body.steps:
+            self._board.life.advanced(message.body.steps[-1], message.body.times[-1], message.body.incarnation)
 
     def _admitted(self, rows: Rows) -> Rows:
         """What is recorded of rows whose names may be too many."""

@@ -12,16 +12,15 @@ from trainctl.hub.link import RankLine
 from trainctl.hub.recorder import Recorder
 from trainctl.hub.removing import Removed, remove, targets_of
 from trainctl.hub.rules import Situation, allowed_without_audit, rejection
+from trainctl.hub.standing import FINAL, Do, Event, StandingError, Stands, step
 from trainctl.store.audit import AuditLog
 from trainctl.wire.commands import (
-    FINAL_COMMAND_STATES,
     AddNote,
     Cancel,
     CheckpointPin,
     CheckpointRemove,
     CheckpointUnpin,
     Command,
-    CommandState,
     args_of,
     carrier_of,
     spec_of,
@@ -121,7 +120,7 @@ class CommandDesk:
     def watch(self, command_id: str, caller: Caller) -> CommandUpdate | None:
         """Where a command stands; whoever asked also hears how it goes on."""
         known = self._record.commands.get(command_id)
-        if known is not None and known.state not in FINAL_COMMAND_STATES:
+        if known is not None and self._on(command_id, Event.AGAIN)[1] is Do.WATCH:
             self._watchers.setdefault(command_id, []).append(caller)
         return known
 
@@ -141,14 +140,14 @@ class CommandDesk:
         reason = rejection(command, situation)
         conflict, superseded = outcome(command.action, actor, self._under_way())
         if reason is None and conflict is not None:
-            self._say(opened, "conflict", reason=conflict_reason(command.action, conflict))
+            self._say(opened, Event.CLASH, reason=conflict_reason(command.action, conflict))
             return
         if reason is None:
             reason = await self._write_down(opened)
         if reason is not None:
-            self._say(opened, "rejected", reason=reason)
+            self._say(opened, Event.REFUSE, reason=reason)
             return
-        if not self._say(opened, "accepted"):
+        if not self._say(opened, Event.ACCEPT):
             return
         match carrier_of(command.action):
             case "hub":
@@ -162,13 +161,15 @@ class CommandDesk:
             case "ranks":
                 self._open[command.id] = opened
         for older in superseded:
+            if self._on(older.command.id, Event.REPLACE)[1] is not Do.GIVE_WAY:
+                continue  # it was scheduled, or ended, while the audit line was being written
             self._line.send(LinkCancel(id=older.command.id, actor=actor, superseded_by=command.id))
         sent = self._line.send(LinkCommand(command=command, actor=actor, accepted=opened.accepted))
         if record.state.state in FINAL_STATES and command.id in self._open:
             # It ended while the audit line was being written: no later end will settle this one.
             del self._open[command.id]
             reason = f"the run is {record.state.state}" + ("" if sent else ", and rank 0 has left")
-            self._say(opened, "expired", reason=reason)
+            self._say(opened, Event.ENDED, reason=reason)
 
     def _under_way(self) -> list[UnderWay]:
         """Commands that were accepted and have no outcome yet, oldest first."""
@@ -223,7 +224,7 @@ class CommandDesk:
                     time=time.time(), step=state.step, incarnation=state.incarnation, actor=opened.actor, text=text
                 )
                 self._recorder.take(note)
-                self._say(opened, "applied", after=text)
+                self._say(opened, Event.APPLIED, after=text)
             case CheckpointPin(checkpoint=target):
                 await self._pin(opened, target, pinned=True)
             case CheckpointUnpin(checkpoint=target):
@@ -232,12 +233,17 @@ class CommandDesk:
                 # Apart, because the last good one is verified first, and that takes as long as reading it.
                 self._removing[opened.command.id] = asyncio.create_task(self._remove(opened, target))
             case Cancel(command=target):
-                self._cancels.setdefault(target, []).append(opened)
-                if not self._line.send(LinkCancel(id=target, actor=opened.actor)):
-                    self._cancels.pop(target)
-                    self._say(opened, "rejected", reason="rank 0 is not connected: nothing can be withdrawn from it")
+                self._take_back(opened, target)
             case _:
                 raise AssertionError("the registry names a command for the hub that it cannot carry out")
+
+    def _take_back(self, cancel: _Open, target: str) -> None:
+        if self._on(target, Event.TAKE_BACK)[1] is not Do.WITHDRAW:
+            self._say_cancelled(cancel, self._record.commands[target])  # settled while the audit line was being written
+        elif self._line.send(LinkCancel(id=target, actor=cancel.actor)):
+            self._cancels.setdefault(target, []).append(cancel)
+        else:
+            self._say(cancel, Event.REJECTED, reason="rank 0 is not connected: nothing can be withdrawn from it")
 
     async def _end_ranks(self, opened: _Open) -> None:
         try:
@@ -247,7 +253,7 @@ class CommandDesk:
             outcome = Outcome(state="unknown", reason=f"the hub failed while it ended the ranks: {error}")
         finally:
             self._ending.pop(opened.command.id, None)
-        self._say(opened, outcome.state, after=outcome.after, ranks=outcome.ranks, reason=outcome.reason)
+        self._say(opened, Event(outcome.state), after=outcome.after, ranks=outcome.ranks, reason=outcome.reason)
 
     async def _remove(self, opened: _Open, target: str) -> None:
         try:
@@ -257,36 +263,37 @@ class CommandDesk:
             done = Removed(state="unknown", reason=f"the hub failed while it removed {target}: {error}")
         finally:
             self._removing.pop(opened.command.id, None)
-        self._say(opened, done.state, reason=done.reason)
+        self._say(opened, Event(done.state), reason=done.reason)
 
     async def _pin(self, opened: _Open, target: str, *, pinned: bool) -> None:
         found = pick(await asyncio.to_thread(list_checkpoints, self._run_dir.checkpoints), target)
         if found is None:
-            self._say(opened, "rejected", reason=f"checkpoint {target} is gone")
+            self._say(opened, Event.REJECTED, reason=f"checkpoint {target} is gone")
             return
         try:
             pin(self._run_dir.checkpoints / found.id, pinned=pinned)
         except OSError as error:
-            self._say(opened, "failed", reason=f"the mark of {found.id} cannot be written: {error.strerror}")
+            self._say(opened, Event.FAILED, reason=f"the mark of {found.id} cannot be written: {error.strerror}")
             return
-        self._say(opened, "applied", before=found.pinned, after=pinned)
+        self._say(opened, Event.APPLIED, before=found.pinned, after=pinned)
 
     # --- heard of
 
-    def heard(self, update: CommandUpdate) -> None:
-        """Rank 0 says where a command stands; it is recorded already."""
-        self._settle(update)
+    def hear(self, update: CommandUpdate, *, attempt: int, link: int) -> None:
+        """Rank 0 says, as record `link` of its own, where a command stands."""
+        _, do = self._on(update.id, Event(update.state) if update.state != "accepted" else Event.ACCEPT)
+        if self._recorder.take(update, attempt=attempt, link=link) is not None and do in {Do.TELL, Do.SETTLE}:
+            self._settle(update, do)
 
     def tick(self, now: float) -> None:
         """Ask rank 0 to withdraw what expired before it was applied; `now` is wall clock."""
         if self._orphans and now > self._orphans_until:
             self._give_up_orphans()
         for opened in self._open.values():
-            expires_s = opened.command.expires_s
-            known = self._record.commands.get(opened.command.id)
-            waiting = known is not None and known.state in {"accepted", "scheduled"}
-            if expires_s is not None and waiting and not opened.cancel_sent and now > opened.accepted + expires_s:
-                opened.cancel_sent = self._line.send(LinkCancel(id=opened.command.id, actor="hub"))
+            expires_s, name = opened.command.expires_s, opened.command.id
+            due = expires_s is not None and not opened.cancel_sent and now > opened.accepted + expires_s
+            if due and self._on(name, Event.DUE)[1] is Do.WITHDRAW:
+                opened.cancel_sent = self._line.send(LinkCancel(id=name, actor="hub"))
 
     def rank_came(self, *, new_attempt: bool) -> None:
         """Rank 0 is linked. The same one is handed again what may not have reached it; it knows what it has seen."""
@@ -294,6 +301,8 @@ class CommandDesk:
             self.rank_gone("the run was started again before its outcome was known", ended=False)
             return
         for opened in self._open.values():
+            if self._on(opened.command.id, Event.RELINK)[1] is not Do.HAND_ON:
+                continue
             opened.cancel_sent = False
             self._line.send(LinkCommand(command=opened.command, actor=opened.actor, accepted=opened.accepted))
 
@@ -301,22 +310,21 @@ class CommandDesk:
         """Nobody will say any more what became of pending commands. After an orderly end, what was never
         scheduled was not applied."""
         for pending in self._record.pending:
-            if self._record.commands[pending.id].state in FINAL_COMMAND_STATES:
-                continue  # settled by the one before: a cancel goes with what it cancels
             if pending.id in self._ending or pending.id in self._removing:
                 continue  # others say how it went: the agents, for whom rank 0 is gone, and whoever deletes
-            unscheduled = ended and pending.state == "accepted"
-            state: CommandState = "expired" if unscheduled else "unknown"
+            state, do = self._on(pending.id, Event.ENDED if ended else Event.LOST)
+            if do is not Do.SETTLE:
+                continue  # settled by the one before: a cancel goes with what it cancels
             current = self._record.state
             update = msgspec.structs.replace(
                 pending,
                 time=time.time(),
                 step=current.step,
                 incarnation=current.incarnation,
-                state=state,
+                state=state.value,
                 reason=reason,
             )
-            self._take(update)
+            self._take(update, do)
 
     def restore(self) -> None:
         """After a restart of the hub: take up the commands that the journal shows without an outcome."""
@@ -338,15 +346,15 @@ class CommandDesk:
         for opened in list(self._open.values()):
             if carrier_of(opened.command.action) != "ranks":
                 del self._open[opened.command.id]
-                self._say(opened, "unknown", reason="the hub was restarted while it carried this out")
+                self._say(opened, Event.RESTARTED, reason="the hub was restarted while it carried this out")
 
     def _give_up_orphans(self) -> None:
         """The hub died between an audit line and the journal: whoever asked has asked again by now, or never will."""
-        orphans, self._orphans = self._orphans, {}
-        for command_id, opened in orphans.items():
+        for command_id, opened in self._orphans.items():
             if command_id not in self._record.commands:
                 reason = "the hub died when it had just accepted this, and nobody asked for it again"
-                self._say(opened, "unknown", reason=reason)
+                self._say(opened, Event.GIVE_UP, reason=reason)
+        self._orphans = {}
 
     async def close(self) -> None:
         """Wait until what was settled is in the audit log."""
@@ -360,13 +368,17 @@ class CommandDesk:
     def _say(
         self,
         opened: _Open,
-        state: CommandState,
+        event: Event,
         *,
         before: Scalar = None,
         after: Scalar = None,
         ranks: int | None = None,
         reason: str | None = None,
     ) -> bool:
+        """Go on by the table, and tell where it stands; false where nothing is to be told, or a newer hub tells it."""
+        state, do = self._on(opened.command.id, event)
+        if do not in {Do.TELL, Do.SETTLE}:
+            return False
         current = self._record.state
         return self._take(
             CommandUpdate(
@@ -377,23 +389,35 @@ class CommandDesk:
                 command=spec_of(opened.command.action).name,
                 args=args_of(opened.command.action),
                 actor=opened.actor,
-                state=state,
+                state=state.value,  # type: ignore[arg-type]  # only states that operators see are told
                 before=before,
                 after=after,
                 ranks=ranks,
                 reason=reason,
-            )
+            ),
+            do,
         )
 
-    def _take(self, update: CommandUpdate) -> bool:
+    def _on(self, command_id: str, event: Event) -> tuple[Stands, Do]:
+        """Go on by the table of `standing`; an error of ours is told in the log, and changes nothing."""
+        known = self._record.commands.get(command_id)
+        new = Stands.ORPHAN if command_id in self._orphans else Stands.NEW
+        stands = new if known is None else Stands(known.state)
+        try:
+            return step(stands, event)
+        except StandingError as error:
+            log.error("command %s: %s", command_id, error)
+            return stands, Do.NOTHING
+
+    def _take(self, update: CommandUpdate, do: Do) -> bool:
         if self._recorder.take(update) is None:
             return False  # a newer hub took over; its answer counts
-        self._settle(update)
+        self._settle(update, do)
         return True
 
-    def _settle(self, update: CommandUpdate) -> None:
+    def _settle(self, update: CommandUpdate, do: Do) -> None:
         self._answer(update)
-        if update.state not in FINAL_COMMAND_STATES:
+        if do is not Do.SETTLE:
             return
         self._open.pop(update.id, None)
         self._open_endings.pop(update.id, None)
@@ -401,15 +425,16 @@ class CommandDesk:
         self._writing.add(task)
         task.add_done_callback(self._writing.discard)
         for cancel in self._cancels.pop(update.id, []):
-            withdrawn = update.state not in {"applied", "failed", "unknown"}
-            self._say(
-                cancel,
-                "applied" if withdrawn else "conflict",
-                reason=None if withdrawn else f"{update.command} is {update.state} (step {update.step})",
-            )
+            self._say_cancelled(cancel, update)
+
+    def _say_cancelled(self, cancel: _Open, settled: CommandUpdate) -> None:
+        """What became of a cancel, by the outcome of what it was to withdraw."""
+        withdrawn = settled.state not in {"applied", "failed", "unknown"}
+        reason = None if withdrawn else f"{settled.command} is {settled.state} (step {settled.step})"
+        self._say(cancel, Event.APPLIED if withdrawn else Event.CONFLICT, reason=reason)
 
     def _answer(self, update: CommandUpdate) -> None:
-        final = update.state in FINAL_COMMAND_STATES
+        final = Stands(update.state) in FINAL
         callers = self._watchers.pop(update.id, []) if final else self._watchers.get(update.id, [])
         for caller in callers:
             self._server.reply(caller, CommandReply(req=caller.req, update=update))
