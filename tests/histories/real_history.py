@@ -201,13 +201,20 @@ class RealScene:
     async def _fault(self) -> None:
         dice = self.dice
         for_s = dice.choice((0.05, 0.3, 1.5))
-        kind = dice.choice(("kill the hub", "stop the hub", "stop a rank", "stop a rank", "cut the line"))
+        kinds = ["kill the hub", "stop the hub", "stop a rank", "stop a rank", "cut the line"]
+        store_line = self.job.output / "store-line.pid"
+        kind = dice.choice([*kinds, *(["cut rank 1 from the store"] * 5 if store_line.exists() else [])])
         self.story.append(f"{kind} for {for_s} s")
         if kind == "cut the line":
             await self._line.cut(for_s)
             return
         card = self._card()
-        victim = dice.choice(self.rank_pids()) if kind == "stop a rank" else card.pid if card is not None else 0
+        if kind == "cut rank 1 from the store":
+            victim = int(store_line.read_text())
+        elif kind == "stop a rank":
+            victim = dice.choice(self.rank_pids())
+        else:
+            victim = card.pid if card is not None else 0
         with contextlib.suppress(ProcessLookupError):
             if victim and kind == "kill the hub":
                 os.kill(victim, signal.SIGKILL)
@@ -303,9 +310,11 @@ async def play(
         return [f"seed {seed}", *found, *scene.story] if found else []
 
 
-def run_job(seed: int, ranks: int, output: Path, episodes: int, **options: Any) -> list[str]:
-    """Start a job, play, and clean up."""
-    job = Job("steered.py", ranks, output, ["--sleep", "0.005"])
+def run_job(
+    seed: int, ranks: int, output: Path, episodes: int, *, store_line: bool = False, **options: Any
+) -> list[str]:
+    """Start a job, play, and clean up. `store_line`: rank 1's line to the job's store is cut now and then."""
+    job = Job("steered.py", ranks, output, ["--sleep", "0.005", *(["--store-line"] if store_line else [])])
     try:
         job.until_step(3)
         return asyncio.run(play(job, seed, episodes, **options))

@@ -26,3 +26,12 @@ def test_what_ranks_audit_and_operators_say_agrees(
     print(f"real history, seed {seed}")
     found = run_job(seed, ranks, tmp_path, episodes, kill=kill)
     assert not found, "\n".join(found)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("seed", [21, 22])
+def test_a_rank_that_is_cut_from_the_store_now_and_then_does_nothing_alone(seed: int, tmp_path: Path) -> None:
+    """Its line blocks for up to seconds and does not fail, as where the network between two nodes is gone."""
+    print(f"real history, seed {seed}")
+    found = run_job(seed, 2, tmp_path, 8, store_line=True)
+    assert not found, "\n".join(found)

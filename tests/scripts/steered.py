@@ -1,8 +1,9 @@
 """Trains next to nothing, in step with the other ranks, and writes down every command as it is applied.
 
-usage: steered.py OUTPUT [--sleep S] [--steps N] [--eval-every N] [--long-evaluation] [--timeout S]
+usage: steered.py OUTPUT [--sleep S] [--steps N] [--eval-every N] [--long-evaluation] [--timeout S] [--store-line]
 
 --timeout S: of the process group and of the store that it is made through.
+--store-line: rank 1 reaches the job's store through relay.py, whose pid is in OUTPUT/store-line.pid.
 """
 
 import argparse
@@ -10,6 +11,8 @@ import datetime as dt
 import itertools
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,6 +62,16 @@ def evaluate(run: Run, output: Path, rank: int) -> dict[str, float]:
     return {"val_loss": float(seen)}
 
 
+def reach_the_store_by_a_relay(output: Path) -> subprocess.Popen[str]:
+    """It ends with this process, whose end closes its input."""
+    command = [sys.executable, str(Path(__file__).with_name("relay.py")), os.environ["MASTER_PORT"]]
+    relay = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert relay.stdout is not None
+    os.environ["MASTER_PORT"] = relay.stdout.readline().strip()
+    (output / "store-line.pid").write_text(str(relay.pid))
+    return relay
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
@@ -67,8 +80,10 @@ def main() -> None:
     parser.add_argument("--eval-every", type=int)
     parser.add_argument("--long-evaluation", action="store_true")
     parser.add_argument("--timeout", type=float, default=1800.0)
+    parser.add_argument("--store-line", action="store_true")
     given = parser.parse_args()
     rank = int(os.environ["RANK"])
+    relay = reach_the_store_by_a_relay(given.output) if given.store_line and rank == 1 else None
     dist.init_process_group("gloo", timeout=dt.timedelta(seconds=given.timeout))
     runs: list[Run] = []
     record_what_is_applied(given.output / f"applied-{rank}.jsonl", runs)
@@ -99,6 +114,9 @@ def main() -> None:
             line = {"step": step, "incarnation": incarnation, "x": used, "time": time.time()}
             print(json.dumps(line), file=record, flush=True)
     dist.destroy_process_group()
+    if relay is not None:
+        relay.kill()
+        relay.wait()
 
 
 if __name__ == "__main__":
