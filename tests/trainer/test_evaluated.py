@@ -2,16 +2,23 @@
 
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Self
 
 import pytest
 import torch
+from test_agreement_threads import Rank
 from torch import nn
 from torch._C._distributed_c10d import HashStore
 
-from trainctl.trainer.agreement import Seal
+from trainctl.trainer.actions import Actions
+from trainctl.trainer.agreement import Proposal, Seal
+from trainctl.trainer.control import InDoubt
+from trainctl.trainer.core import Callbacks
 from trainctl.trainer.evaluated import Evaluated, Report, in_step, put_back, told, words_for
 from trainctl.trainer.meeting import Connection
+from trainctl.wire.commands import Command, Evaluate
+from trainctl.wire.messages import CommandUpdate
 from waiting import until
 
 WHOLE = Report(complete=True, collectives=4)
@@ -144,3 +151,48 @@ def test_no_thread_is_left_of_an_evaluation_that_nobody_else_reports() -> None:
         ranks.each[0].report(complete=True)
         ranks.each[0].close(0.2)
     until(lambda: not [thread for thread in threading.enumerate() if thread.name == "trainctl-evaluated"], 10)
+
+
+def asked_for(tmp_path: Path, on_eval: Callable[[Actions], dict[str, float]]) -> tuple[Actions, list[CommandUpdate]]:
+    """A rank by itself whose meeting, inside an evaluation, ends in doubt."""
+    rank = Rank(0, 1, HashStore(), threading.Barrier(1), tmp_path)
+    rank.core.callbacks = Callbacks(on_eval=lambda: on_eval(rank.actions))
+
+    def in_doubt(*, inside: bool) -> None:
+        raise InDoubt("the store is silent")
+
+    rank.actions._meet_one = in_doubt  # type: ignore[method-assign]
+    return rank.actions, rank.core.events  # type: ignore[return-value]
+
+
+ASKED = Proposal(number=1, command=Command(id="look", action=Evaluate()), actor="mk", step=1)
+
+
+def test_what_the_scripts_own_on_eval_raises_is_told_and_passes_no_further(tmp_path: Path) -> None:
+    def on_eval(_: Actions) -> dict[str, float]:
+        raise KeyError("val")
+
+    actions, events = asked_for(tmp_path, on_eval)
+    assert not actions._evaluate(ASKED)
+    assert [(event.state, event.reason) for event in events] == [("failed", "on_eval raised KeyError: 'val'")]
+
+
+def test_what_trainctl_itself_raises_inside_an_evaluation_passes_whatever_the_script_makes_of_it(
+    tmp_path: Path,
+) -> None:
+    def honest(actions: Actions) -> dict[str, float]:
+        actions.meet(inside=True)
+        return {}
+
+    def wrapping(actions: Actions) -> dict[str, float]:
+        try:
+            actions.meet(inside=True)
+        except InDoubt as error:
+            raise ValueError("the evaluation failed") from error
+        return {}
+
+    for on_eval, raised in ((honest, InDoubt), (wrapping, ValueError)):
+        actions, events = asked_for(tmp_path, on_eval)
+        with pytest.raises(raised):
+            actions._evaluate(ASKED)
+        assert not events, "nobody knows yet"
