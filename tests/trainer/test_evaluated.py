@@ -108,6 +108,23 @@ def test_a_rank_that_is_merely_slower_is_not_taken_for_one_that_hangs() -> None:
         assert ranks.each[0].over.wait(10)
 
 
+def test_a_rank_that_is_done_and_in_its_next_step_when_it_is_counted_is_not_taken_for_one_that_hangs() -> None:
+    with Ranks([2, 2]) as ranks:
+        honest, first = ranks.each[0]._count, ranks.each[0]
+
+        def counted() -> int | None:
+            """What the training thread does between two lines of the other thread."""
+            first._count = honest
+            first.report(complete=True)
+            ranks.made[0] = 3
+            return honest()
+
+        first._count = counted
+        ranks.each[1].report(complete=False, reason="on_eval raised ValueError: bad", raised=True)
+        assert ranks.each[1].over.wait(10)
+        assert in_step(ranks.each[1].reports)
+
+
 @pytest.mark.parametrize(
     ("reports", "words"),
     [

@@ -165,6 +165,8 @@ class Evaluated:
             return False
         (sealed,) = self._talk.get_all([self._raised])
         theirs, mine = _read(sealed).collectives, self._since()
+        if self._mine is not None:
+            return False  # it was done before it was counted, and is in its next step's collectives
         return theirs is not None and mine is not None and mine > theirs
 
     def _since(self) -> int | None:
