@@ -15,7 +15,7 @@ from trainctl.hub.packing import JournalPacking
 from trainctl.store import frames, journal
 from trainctl.store.frames import packed_file, recorded_segments, segments
 from trainctl.store.journal import JournalIndex, JournalWriter
-from trainctl.store.packing import Sealed, packing_steps
+from trainctl.store.packing import packing_steps
 from trainctl.store.record import RunRecord
 from trainctl.store.replay import load_record, replay_journal
 from trainctl.store.saved import read_index
@@ -78,8 +78,7 @@ def test_while_a_backlog_is_packed_the_loop_turns_between_any_two_blocks(
     def noted(directory: Path, number: int) -> Any:
         def steps() -> Any:
             inner = packing_steps(directory, number)
-            sealed: list[Sealed] = yield from watched(inner)
-            return sealed
+            return (yield from watched(inner))
 
         return steps()
 

@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainctl.store import frames, packing
+from trainctl.store import frames
 from trainctl.store.frames import packed_file, segment_file, segments
 from trainctl.store.journal import JournalIndex, JournalWriter
+from trainctl.store.packed import Packed, PackedEnvelopes, PackedRows, decode_packed, envelopes_of
 from trainctl.store.packing import pack_segment
 from trainctl.store.record import RunRecord
 from trainctl.store.replay import load_record, replay_journal
@@ -190,8 +191,8 @@ def test_what_a_newer_version_wrote_is_kept_as_it_is(tmp_path: Path) -> None:
     assert unknown in b"".join(
         payload
         for found in frames.read_frames(recording.run.journal)
-        if isinstance(packed := packing.decode_packed(found.payload), packing.PackedEnvelopes)
-        for payload in packing.envelopes_of(packed)
+        if isinstance(packed := decode_packed(found.payload), PackedEnvelopes)
+        for payload in envelopes_of(packed)
     )
     record = load_record(tmp_path)
     assert steps_of(record) == list(range(1, 201))
@@ -249,12 +250,12 @@ def test_a_block_that_claims_to_be_gigabytes_is_told_and_never_inflated(tmp_path
     integers = b"q" + bytes(8) + bomb
     victim = packed_file(recording.run.journal, 1)
     good = next(frames.segment_frames(recording.run.journal, 1)).payload
-    block = packing.decode_packed(good)
-    assert isinstance(block, packing.PackedRows)
-    made: packing.Packed
+    block = decode_packed(good)
+    assert isinstance(block, PackedRows)
+    made: Packed
     match field:
         case "others":
-            made = packing.PackedEnvelopes(data=bomb)
+            made = PackedEnvelopes(data=bomb)
         case "data":
             made = msgspec.structs.replace(
                 block, columns=[msgspec.structs.replace(block.columns[0], data=bomb, deflated=True)]

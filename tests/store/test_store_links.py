@@ -10,7 +10,8 @@ from trainctl.store import frames
 from trainctl.store.blocks import Block
 from trainctl.store.frames import recorded_segments, segments
 from trainctl.store.journal import JournalIndex, JournalWriter
-from trainctl.store.packing import PackedEnvelopes, PackedRows, decode_packed, envelopes_of, pack_segment
+from trainctl.store.packed import PackedEnvelopes, PackedRows, decode_packed, envelopes_of
+from trainctl.store.packing import pack_segment
 from trainctl.store.record import RunRecord
 from trainctl.store.replay import load_record, replay_journal
 from trainctl.store.saved import index_file, packed_sizes, read_index, write_index

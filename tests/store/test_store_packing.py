@@ -1,6 +1,7 @@
 """Numbers as few bytes, packed segments that decay, and the index that stands for them."""
 
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 import msgspec
@@ -17,7 +18,8 @@ from trainctl.store.numbers import (
     unpack_integers,
     unpack_times,
 )
-from trainctl.store.packing import pack_segment
+from trainctl.store.packed import Sealed, places_of
+from trainctl.store.packing import pack_segment, packing_steps
 from trainctl.store.replay import load_record
 from trainctl.store.saved import index_file, packed_sizes, read_index, write_index
 from trainctl.wire import codec
@@ -45,7 +47,7 @@ def test_times_of_the_clock_take_a_third_of_their_size() -> None:
     assert len(pack_times(times)) < 0.4 * times.nbytes
 
 
-def filled(directory: Path, envelopes: int = 60, rows: int = 100) -> RunDir:
+def filled(directory: Path, envelopes: int = 60, rows: int = 100, *, packed: bool = True) -> RunDir:
     """A recorded run of one metric, packed whole."""
     run = RunDir(directory)
     run.create()
@@ -65,7 +67,7 @@ def filled(directory: Path, envelopes: int = 60, rows: int = 100) -> RunDir:
         envelope = Envelope(source="m", epoch=1, stream="metrics", seq=number + 1, time=1.7e9, body=body, attempt=1)
         writer.append(codec.encode(envelope), "metrics", number + 1)
     writer.close()
-    for number in segments(run.journal):
+    for number in segments(run.journal) if packed else []:
         pack_segment(run.journal, number)
     return run
 
@@ -137,3 +139,43 @@ def test_a_range_that_was_packed_is_gone_and_a_newer_one_is_not(tmp_path: Path) 
     assert index.read("events", 1, last_of_first) == []
     assert len(index.read("events", 10, 20)) == 11
     writer.close()
+
+
+def test_a_segment_that_is_packed_already_is_never_packed_over(tmp_path: Path) -> None:
+    run = filled(tmp_path)
+    number = segments(run.journal)[1]
+    packed_once = packed_file(run.journal, number).read_bytes()
+    again = pack_segment(run.journal, number)
+    assert packed_file(run.journal, number).read_bytes() == packed_once
+    assert again == places_of(run.journal, number)
+    assert [place.segment for place in again] == [number]
+    assert len(load_record(run.path).metrics.query("loss")["step"]) == 6000
+    assert not list(run.journal.glob("*.tmp"))
+
+
+def drained(steps: Generator[None, None, list[Sealed]]) -> list[Sealed]:
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return list(done.value)
+
+
+@pytest.mark.parametrize("seen_by", [0, 1])
+def test_of_two_hubs_that_pack_one_segment_the_second_leaves_it_as_the_first_made_it(
+    tmp_path: Path, seen_by: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = filled(tmp_path, packed=False)
+    number = segments(run.journal)[1]
+    late = packing_steps(run.journal, number)
+    if seen_by == 0:  # it read the recorded segment before the other removed it
+        next(late)
+    else:  # it looked when there was no packed file, and reads when there is
+        real = Path.exists
+        monkeypatch.setattr(Path, "exists", lambda path: path.suffix != ".col" and real(path))
+    first = pack_segment(run.journal, number)
+    made = packed_file(run.journal, number).stat().st_ino
+    assert drained(late) == first
+    assert packed_file(run.journal, number).stat().st_ino == made
+    assert not list(run.journal.glob("*.tmp"))
+    assert len(load_record(run.path).metrics.query("loss")["step"]) == 6000

@@ -4,7 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainctl.store.numbers import inflate, unpack_integers, unpack_times, unshuffle
-from trainctl.store.packing import PackedRows
+from trainctl.store.packed import PackedRows
 
 
 class Block:

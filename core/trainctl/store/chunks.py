@@ -10,7 +10,7 @@ import numpy as np
 
 from trainctl.store.blocks import Block
 from trainctl.store.frames import read_packed
-from trainctl.store.packing import PackedRows, decode_packed
+from trainctl.store.packed import PackedRows, decode_packed
 from trainctl.store.rollups import Columns
 
 _CACHED_BYTES: Final = 48 * 1024 * 1024

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from trainctl.store.blocks import Block
 from trainctl.store.chunks import BlockReader
-from trainctl.store.packing import Sealed, well_formed
+from trainctl.store.packed import Sealed, well_formed
 from trainctl.store.rollups import Columns, join
 from trainctl.store.saved import SavedBranch, SavedMetrics, load_track, save_track
 from trainctl.store.tracks import Track

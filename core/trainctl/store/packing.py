@@ -10,112 +10,42 @@ How numbers are stored is in numbers.py; what does not shrink is stored as it is
 import contextlib
 import errno
 import os
+import secrets
 import zlib
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from trainctl.store.frames import (
-    FRAME_LIMIT,
-    PACKED_HEADER,
-    Damage,
-    frame,
-    frame_size,
-    packed_file,
-    segment_file,
-    segment_frames,
+from trainctl.store.frames import PACKED_HEADER, Damage, frame, frame_size, packed_file, segment_file, segment_frames
+from trainctl.store.numbers import LEVEL, pack_integers, pack_times, shuffle
+from trainctl.store.packed import (
+    Packed,
+    PackedColumn,
+    PackedDamage,
+    PackedEnvelopes,
+    PackedRows,
+    Sealed,
+    UnreadableSegment,
+    places_of,
+    sealed_of,
+    well_formed,
 )
-from trainctl.store.numbers import LEVEL, inflate, pack_integers, pack_times, shuffle, unpack_integers
 from trainctl.wire import codec
-from trainctl.wire.messages import Column, Envelope, Message, RolledBack, Rows, StateChanged
+from trainctl.wire.messages import Column, Envelope, RolledBack, Rows, StateChanged
 from trainctl.wire.rundir import fsync_dir
 
 ROWS_LIMIT = 4096
 _CELLS_LIMIT = 128 * 1024
 _OTHERS_BYTES = 256 * 1024
-_CLAIM_LIMIT = 2**21  # cells that a block can have at most: one envelope of many short values stays whole
-_STEP_LIMIT = 2**60
 
 
-class UnreadableSegment(OSError):
-    """The file system does not give the bytes of a segment. It may do so later."""
-
-
-class PackedColumn(Message, frozen=True, kw_only=True):
-    """One metric in a block. `rows` names those that have a value, unless all have. `like`: the same as that column."""
-
-    name: str
-    dtype: Literal["f4", "f8"]
-    data: bytes = b""
-    deflated: bool = False
-    rows: bytes = b""
-    like: int | None = None
-
-
-class PackedRows(Message, frozen=True, kw_only=True, tag="rows"):
-    """Envelopes of the metrics stream: `seqs` and `links` are their numbers, `envelopes` how many rows each had."""
-
-    seqs: bytes
-    links: bytes
-    epoch: int
-    attempt: int
-    incarnation: int
-    link: int
-    time: float
-    count: int
-    envelopes: bytes
-    steps: bytes
-    times: bytes
-    columns: list[PackedColumn]
-
-
-class PackedEnvelopes(Message, frozen=True, kw_only=True, tag="envelopes"):
-    """Other envelopes as they were recorded: a deflated MessagePack array of byte strings."""
-
-    data: bytes
-
-
-class PackedDamage(Message, frozen=True, kw_only=True, tag="damage"):
-    """What could not be read when the segment was packed."""
-
-    damage: list[Damage]
-
-
-Packed: TypeAlias = PackedRows | PackedEnvelopes | PackedDamage
-_decode = msgspec.msgpack.Decoder(Packed).decode
-_decode_list = msgspec.msgpack.Decoder(list[bytes]).decode
-
-
-def decode_packed(payload: bytes) -> Packed:
-    """A frame of a packed segment. Raises msgspec.MsgspecError, for a block that claims too much as well."""
-    packed: Packed = _decode(payload)
-    if isinstance(packed, PackedRows) and not 0 < packed.count * max(1, len(packed.columns)) <= _CLAIM_LIMIT:
-        raise msgspec.ValidationError(f"a block of {packed.count} rows of {len(packed.columns)} metrics")
-    return packed
-
-
-def envelopes_of(packed: PackedEnvelopes) -> list[bytes]:
-    """Raises msgspec.MsgspecError, ValueError or zlib.error for what nobody packed like this."""
-    return _decode_list(inflate(packed.data, 2 * FRAME_LIMIT))
-
-
-def well_formed(rows: Rows) -> list[Column]:
-    """The columns that fit their rows; of several with one name the first. What is not in here is recorded nowhere."""
-    if not rows.steps or len(rows.steps) != len(rows.times) or max(map(abs, rows.steps)) > _STEP_LIMIT:
-        return []
-    found: dict[str, Column] = {}
-    for column in rows.columns:
-        if len(column.data) == (4 if column.dtype == "f4" else 8) * len(rows.steps):
-            found.setdefault(column.name, column)
-    return list(found.values())
-
-
-# --- packing
+class _PackedAlready(Exception):
+    """Another hub packed the segment."""
 
 
 @dataclass
@@ -249,22 +179,6 @@ class Packer:
             self._others, self._others_bytes = [], 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sealed:
-    """A block that is on disk: where, and what of the history it holds. `counts` is the values of each metric."""
-
-    segment: int
-    offset: int
-    epoch: int
-    seqs: tuple[int, ...]
-    incarnation: int
-    counts: dict[str, int]
-
-    @property
-    def last(self) -> int:
-        return self.seqs[-1]
-
-
 def pack_segment(directory: Path, number: int) -> list[Sealed]:
     """Rewrite one full segment by columns and remove the recorded one. May run in a thread. Raises OSError, and then
     the recorded one stands: `UnreadableSegment` where the file system does not give all of its bytes."""
@@ -281,10 +195,12 @@ def packing_steps(directory: Path, number: int) -> Generator[None, None, list[Se
     """`pack_segment` a block at a time, for whoever has other work to do in between.
 
     The packed file is whole and on disk before the recorded one goes, so a crash leaves one of them, or both, of which
-    readers take the packed one.
+    readers take the packed one. A segment that another hub packed, before or meanwhile, stays as that hub made it.
     """
     target = packed_file(directory, number)
-    partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
+    if target.exists():
+        return places_of(directory, number)
+    partial = target.with_name(f"{target.name}.{secrets.token_hex(6)}.tmp")
     sealed: list[Sealed] = []
     try:
         with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
@@ -298,7 +214,12 @@ def packing_steps(directory: Path, number: int) -> Generator[None, None, list[Se
                 yield
             file.flush()
             os.fsync(file.fileno())
+        if target.exists():
+            raise _PackedAlready
         partial.replace(target)
+    except _PackedAlready:
+        partial.unlink(missing_ok=True)
+        return places_of(directory, number)
     except BaseException:
         with contextlib.suppress(OSError):  # the reason to fail is the first error
             partial.unlink()
@@ -308,28 +229,11 @@ def packing_steps(directory: Path, number: int) -> Generator[None, None, list[Se
     return sealed
 
 
-def sealed_of(packed: PackedRows, segment: int, offset: int) -> Sealed:
-    counts: dict[str, int] = {}
-    for column in packed.columns:
-        like = column if column.like is None else _original(packed, column.like)
-        counts[column.name] = packed.count if not like.rows else len(unpack_integers(like.rows, packed.count))
-    return Sealed(
-        segment=segment,
-        offset=offset,
-        epoch=packed.epoch,
-        seqs=tuple(unpack_integers(packed.seqs, packed.count).tolist()),
-        incarnation=packed.incarnation,
-        counts=counts,
-    )
-
-
-def _original(packed: PackedRows, like: int) -> PackedColumn:
-    return [column for column in packed.columns if column.like is None][like]
-
-
 def _packed(directory: Path, number: int) -> Iterator[Packed]:
     packer, decode, damage = Packer(), codec.envelope_decoder(), list[Damage]()
     for found in segment_frames(directory, number, None, damage):
+        if found.packed:
+            raise _PackedAlready  # what it holds are no envelopes: packed once more it would say nothing to anybody
         try:
             envelope = decode(found.payload)
         except codec.DecodeError:

@@ -16,7 +16,7 @@ from trainctl.store.frames import Damage
 from trainctl.store.history import history
 from trainctl.store.links import LinkHeads
 from trainctl.store.metrics import MetricStore
-from trainctl.store.packing import Sealed
+from trainctl.store.packed import Sealed
 from trainctl.store.saved import SavedRun
 from trainctl.wire.commands import FINAL_COMMAND_STATES
 from trainctl.wire.events import kind_of

@@ -1,6 +1,5 @@
 """From a run's directory to its `RunRecord`: the saved index as far as it goes, then the frames of the journal."""
 
-import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import msgspec
 from trainctl.store.blocks import Block
 from trainctl.store.frames import Damage, Frame, missing_segment, read_frames
 from trainctl.store.journal import JournalIndex
-from trainctl.store.packing import PackedDamage, PackedRows, decode_packed, envelopes_of, sealed_of
+from trainctl.store.packed import UNUSABLE, PackedDamage, PackedRows, decode_packed, envelopes_of, sealed_of
 from trainctl.store.record import RunRecord
 from trainctl.store.saved import read_index
 from trainctl.wire import codec
@@ -74,7 +73,7 @@ def _replay_packed(record: RunRecord, index: JournalIndex, found: Frame, decode:
                 raise unreadable
     except codec.DecodeError:
         raise
-    except (msgspec.MsgspecError, zlib.error, ValueError, KeyError, IndexError) as error:
+    except UNUSABLE as error:
         decode.refused += 1
         raise codec.DecodeError(f"not a packed frame: {error}") from None
 

@@ -26,12 +26,16 @@ class Ownership:
             self.registered = False
 
     def held(self, *, look: bool = False) -> bool:
-        """False for good once a newer hub took over. `look` at the directory now, for what cannot be taken back."""
+        """False for good once a newer hub took over. `look` at the directory now, for what cannot be taken back: false
+        too while the directory does not say."""
         now = time.monotonic()
         if self._held and (look or now - self._checked_at >= _CHECK_S):
             self._checked_at = now
-            with contextlib.suppress(OSError):  # a file system that does not answer gives nobody a newer epoch
+            try:
                 self._held = self._run_dir.newest("epoch") <= self.epoch
+            except OSError:
+                # It may be silent to us alone: then a newer hub is possible, and what cannot be taken back has to wait.
+                return not look
         return self._held
 
     def register(self) -> None:

@@ -8,7 +8,8 @@ import time
 from trainctl.hub.keeper import JournalKeeper
 from trainctl.hub.ownership import Ownership
 from trainctl.store.frames import packed_file, segment_file, segments
-from trainctl.store.packing import Sealed, UnreadableSegment, pack_segment, packing_steps
+from trainctl.store.packed import Sealed, UnreadableSegment
+from trainctl.store.packing import pack_segment, packing_steps
 from trainctl.store.record import RunRecord
 from trainctl.store.saved import packed_sizes, write_index
 
