@@ -5,9 +5,7 @@ and a pyramid of buckets over both (rollups.py), so that a chart of any span cos
 the values that exist, and so does memory.
 """
 
-from collections import Counter, deque
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Final, Literal
 
@@ -20,6 +18,7 @@ from trainctl.store.packed import Sealed, well_formed
 from trainctl.store.rollups import Columns, join
 from trainctl.store.saved import SavedBranch, SavedMetrics, load_track, save_track
 from trainctl.store.tracks import Track
+from trainctl.store.unsealed import Unsealed
 from trainctl.wire.messages import LastValue, Rows
 
 VALUE_COLUMNS: Final = ("step", "time", "value", "incarnation")
@@ -74,10 +73,7 @@ class MetricStore:
         self._waiting: list[Rows] = []
         self._waiting_cells = 0
         self._reader = BlockReader(directory)
-        # (epoch, seq, rows, kind) of the envelopes whose values are in no block, in the order of those values.
-        self._unsealed: deque[tuple[int, int, int, int]] = deque()
-        self._kinds: list[tuple[int, tuple[str, ...]]] = []
-        self._kind_of: dict[tuple[int, tuple[str, ...]], int] = {}
+        self.unsealed = Unsealed()
         self.refused = 0  # columns that do not fit their rows
 
     @property
@@ -119,8 +115,7 @@ class MetricStore:
         if not columns:
             return
         self.begin(rows.incarnation, after_step=rows.steps[0] - 1)
-        kind = self._kind(rows.incarnation, tuple(column.name for column in columns))
-        self._unsealed.append((epoch, seq, len(rows.steps), kind))
+        self.unsealed.append(epoch, seq, len(rows.steps), rows.incarnation, tuple(column.name for column in columns))
         self._waiting.append(rows)
         self._waiting_cells += len(rows.steps) * len(columns)
         if self._waiting_cells >= _TOGETHER:
@@ -137,7 +132,7 @@ class MetricStore:
             if seq <= known or 0 < link <= linked:
                 skip += width
             else:
-                self._unsealed.append((epoch, seq, width, self._kind(incarnation, names)))
+                self.unsealed.append(epoch, seq, width, incarnation, names)
         if skip >= block.packed.count:
             return
         self._settle()
@@ -149,38 +144,22 @@ class MetricStore:
 
     def seal(self, sealed: Sealed) -> None:
         """The values of these envelopes are on disk now and need not be kept in memory."""
-        entries, keys = self._unsealed, [(sealed.epoch, seq) for seq in sealed.seqs]
-        if not entries or entries[0][:2] > keys[-1]:
+        first, keys = self.unsealed.first, [(sealed.epoch, seq) for seq in sealed.seqs]
+        if first is None or first > keys[-1]:
             return  # all of it is kept already, or came to another hub than this one
         self._settle()
-        if [entry[:2] for entry in islice(entries, len(keys))] != keys:
+        if not self.unsealed.begins_with(keys):
             self._keep(keys[-1])
             return
-        for _ in keys:
-            entries.popleft()
+        self.unsealed.drop(len(keys))
         for name, count in sealed.counts.items():
             self._metrics[name].tracks[sealed.incarnation].seal(count, sealed.segment, sealed.offset)
 
     def _keep(self, last: tuple[int, int]) -> None:
         """Memory and journal hold different envelopes here (some were never written): the values of those up to `last`
         stay in memory for good, and sealing goes on with what comes next."""
-        counts: Counter[tuple[str, int]] = Counter()
-        while self._unsealed and self._unsealed[0][:2] <= last:
-            _, _, rows, kind = self._unsealed.popleft()
-            incarnation, names = self._kinds[kind]
-            for name in names:
-                counts[name, incarnation] += rows
-        for (name, incarnation), count in counts.items():
+        for (name, incarnation), count in self.unsealed.take_up_to(last).items():
             self._metrics[name].tracks[incarnation].keep(count)
-
-    def _kind(self, incarnation: int, names: tuple[str, ...]) -> int:
-        """A small number for the metrics that came together, of which there are few."""
-        key = (incarnation, names)
-        number = self._kind_of.get(key)
-        if number is None:
-            number = self._kind_of[key] = len(self._kinds)
-            self._kinds.append(key)
-        return number
 
     def save(self) -> SavedMetrics:
         """Everything, to be restored later."""
@@ -189,6 +168,7 @@ class MetricStore:
         if len(chain) * len(self._metrics) <= _LOOKED_UP:
             for incarnation, cut in chain:
                 self._remember(incarnation, cut)
+        unsealed, kinds = self.unsealed.saved(self._metrics)
         return SavedMetrics(
             names=list(self._metrics),
             last={name: metric.last for name, metric in self._metrics.items() if metric.last is not None},
@@ -201,8 +181,8 @@ class MetricStore:
                 for metric in self._metrics.values()
                 for incarnation, track in metric.tracks.items()
             ],
-            kinds=list(self._kinds),
-            unsealed=list(self._unsealed),
+            kinds=kinds,
+            unsealed=unsealed,
         )
 
     def restore(self, saved: SavedMetrics) -> None:
@@ -212,9 +192,7 @@ class MetricStore:
             self.begin(branch.incarnation, after_step=branch.after_step, parent=branch.parent)
         for track in saved.tracks:
             self._metrics[track.name].tracks[track.incarnation] = load_track(track, self._reader)
-        self._kinds = list(saved.kinds)
-        self._kind_of = {kind: number for number, kind in enumerate(self._kinds)}
-        self._unsealed = deque(saved.unsealed)
+        self.unsealed.restore(saved.unsealed, saved.kinds, saved.names)
 
     @property
     def in_memory(self) -> int:

@@ -22,12 +22,14 @@ from trainctl.store.edges import Edges
 from trainctl.store.frames import Damage, packed_file
 from trainctl.store.rollups import Columns, Level
 from trainctl.store.tracks import BASE, FAN, Track
+from trainctl.store.unsealed import SavedEntries, SavedKinds
 from trainctl.wire.messages import CommandUpdate, Event, LastValue, Message, NodeReading, RankFigures, RunState, Stream
 from trainctl.wire.rundir import write_atomic
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # 1 left out rows that packing had put behind events, and may lack them
+FORMAT = 3
+_READABLE = (2, FORMAT)  # 1 left out rows that packing had put behind events, and may lack them; 2 named all names
 _HEADER = struct.Struct("<4sII")
 _MAGIC = b"TCI\0"
 
@@ -62,14 +64,14 @@ class SavedBranch(Message, frozen=True, kw_only=True):
 
 class SavedMetrics(Message, frozen=True, kw_only=True):
     """`names` in the order in which they first came; `unsealed` are the (epoch, seq, rows, kind) that are in no
-    block yet, and `kinds` the (incarnation, names) of metrics that came together."""
+    block yet, and `kinds` the (incarnation, numbers in `names`) of metrics that came together."""
 
     names: list[str]
     last: dict[str, LastValue]
     branches: list[SavedBranch]
     tracks: list[SavedTrack]
-    kinds: list[tuple[int, tuple[str, ...]]]
-    unsealed: list[tuple[int, int, int, int]]
+    kinds: SavedKinds
+    unsealed: SavedEntries
 
 
 class SavedRun(Message, frozen=True, kw_only=True):
@@ -116,7 +118,7 @@ def read_index(directory: Path) -> SavedRun | None:
         data = index_file(directory).read_bytes()
         magic, version, checksum = _HEADER.unpack_from(data)
         payload = memoryview(data)[_HEADER.size :]
-        if (magic, version) != (_MAGIC, FORMAT) or zlib.crc32(payload) != checksum:
+        if magic != _MAGIC or version not in _READABLE or zlib.crc32(payload) != checksum:
             log.warning("the saved index in %s is damaged or of another version: the journal is replayed", directory)
             return None
         saved = _decoder.decode(payload)
