@@ -1,24 +1,28 @@
 """What history costs: bytes a point on disk, how fast it goes in, opens, and answers a chart. One JSON line.
 
-usage: journal.py [--points 1e7] [--noise f4|f8|demo|recorded] [--rows 2] [--shape plain|back|rollbacks]
-                  [--rollbacks 90]
+usage: journal.py [--points 1e7] [--noise f4|f8|demo|recorded] [--rows 2] [--rollbacks 90] [--every 400]
+                  [--shape plain|back|rollbacks|sparse|varying]
 
 Ten metrics, in batches of `--rows` rows as the trainer sends them (a slow run sends 2, a fast one 800). `demo` is made
 like what the demo records: noisy float32 losses, norms and times, and float64 learning rates of a cosine. `recorded`
 are the values of a real run of the reference loop, which is trained first (recorded.py), drawn anew row by row until
 there are enough. `back` goes back by three steps in the middle; `rollbacks` leaves that many branches behind, a hundred
-steps each. The floor of the bytes is what the values alone take; the floor of a chart is plain numpy over the same
-values in memory. The peer is TensorBoard's writer with the first 200,000 of the same values.
+steps each. `sparse` has val_loss at every `--every`-th step only (the first chart of the rarest metric, nothing read
+yet, is told for every shape); `varying` logs the losses of eight of fifty tasks, other ones at each step. The floor of
+the bytes is what the values alone take; the floor of a chart is plain numpy over the same values in memory. The peer is
+TensorBoard's writer with the first 200,000 of the same values.
 """
 
 import argparse
 import json
+import random
 import resource
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from recorded import recorded_values
@@ -30,7 +34,6 @@ from trainctl.store.record import RunRecord
 from trainctl.store.replay import load_record, replay_journal
 from trainctl.store.saved import packed_sizes, write_index
 from trainctl.wire import codec
-from trainctl.wire.jsonable import jsonable
 from trainctl.wire.messages import Body, Column, Envelope, HistoryRequest, RolledBack, Rows, RunInfo, stream_of
 from trainctl.wire.rundir import RunDir
 
@@ -79,7 +82,7 @@ class Values:
 
 def bodies(source: Values, given: argparse.Namespace) -> Iterator[Body]:
     """What rank 0 says of a run of that shape."""
-    random, step, done, incarnation, clock = np.random.default_rng(1), 0, 0, 1, 1.79e9
+    noise, step, done, incarnation, clock = np.random.default_rng(1), 0, 0, 1, 1.79e9
     total = int(given.points) // len(source.names)
     while done < total:
         if given.shape == "back" and incarnation == 1 and done >= total // 2:
@@ -90,7 +93,7 @@ def bodies(source: Values, given: argparse.Namespace) -> Iterator[Body]:
             yield RolledBack(from_step=step, checkpoint="c", **at)
             step -= 100
         made = source.take(step + 1, _AT_ONCE)
-        times = clock + np.cumsum(random.normal(0.05, 0.002, _AT_ONCE))
+        times = clock + np.cumsum(noise.normal(0.05, 0.002, _AT_ONCE))
         for start in range(0, _AT_ONCE, given.rows):
             end = min(start + given.rows, _AT_ONCE)
             yield Rows(
@@ -106,9 +109,52 @@ def bodies(source: Values, given: argparse.Namespace) -> Iterator[Body]:
         step, done, clock = step + _AT_ONCE, done + _AT_ONCE, float(times[-1])
 
 
+def sparse(made: Iterator[Body], every: int) -> Iterator[Body]:
+    """The same with val_loss at some steps only; it comes with its step alone, as the trainer sends it."""
+    for body in made:
+        assert isinstance(body, Rows)
+        start = 0
+        for end in [at + 1 for at, step in enumerate(body.steps) if step % every == 0] + [len(body.steps)]:
+            for first, last in (
+                ((start, end - 1), (end - 1, end)) if body.steps[end - 1] % every == 0 else ((start, end),)
+            ):
+                if first < last:
+                    yield cut(body, first, last, {"val_loss"} if body.steps[first] % every else set())
+            start = end
+
+
+def varying(made: Iterator[Body], names: list[str]) -> Iterator[Body]:
+    """The same values a step at a time, as those of eight tasks."""
+    chosen = random.Random(1)
+    for body in made:
+        assert isinstance(body, Rows)
+        for at in range(len(body.steps)):
+            row = cut(body, at, at + 1, set(names[8:]))
+            columns = [
+                msgspec.structs.replace(column, name=f"loss/task_{task:02d}")
+                for column, task in zip(row.columns, chosen.sample(range(50), 8), strict=True)
+            ]
+            yield msgspec.structs.replace(row, columns=columns)
+
+
+def cut(body: Rows, first: int, last: int, without: set[str]) -> Rows:
+    """Rows `first` to `last`, exclusive."""
+    columns = [
+        msgspec.structs.replace(column, data=column.data[first * width : last * width])
+        for column in body.columns
+        if column.name not in without and (width := int(column.dtype[1]))
+    ]
+    return msgspec.structs.replace(body, steps=body.steps[first:last], times=body.times[first:last], columns=columns)
+
+
 def envelopes(source: Values, given: argparse.Namespace) -> Iterator[Envelope]:
     heads = {"metrics": 0, "events": 0}
-    for link, body in enumerate(bodies(source, given), 1):
+    made = bodies(source, given)
+    if given.shape == "sparse":
+        made = sparse(made, given.every)
+    elif given.shape == "varying":
+        made = varying(made, source.names)
+    for link, body in enumerate(made, 1):
         stream = stream_of(body)
         heads[stream] += 1
         yield Envelope(
@@ -132,7 +178,7 @@ def fill(run: RunDir, source: Values, given: argparse.Namespace) -> dict[str, fl
     """Write, apply and pack as the hub does, in turn; return what it took."""
     info = RunInfo(run="b", id="b", dir=str(run.path), host="h", created=0, started=0, world_size=1)
     run.create()
-    run.info_file.write_text(json.dumps(jsonable(info)))
+    run.info_file.write_bytes(msgspec.json.encode(info))
     record, index = RunRecord(info), JournalIndex(run.journal)
     writer = JournalWriter(run.journal, index=index)
     decode, points, raw = codec.envelope_decoder(), 0, 0
@@ -148,7 +194,7 @@ def fill(run: RunDir, source: Values, given: argparse.Namespace) -> dict[str, fl
         record.apply(envelope)
         taken["append_s"] += clock() - began
         raw += len(encoded)
-        points += len(envelope.body.steps) * len(source.names) if isinstance(envelope.body, Rows) else 0
+        points += len(envelope.body.steps) * len(envelope.body.columns) if isinstance(envelope.body, Rows) else 0
         looks = envelope.link % max(1, 2000 // given.rows) == 0
         waiting = [n for n in recorded_segments(run.journal) if n != writer.segment] if looks else []
         began = clock()
@@ -179,17 +225,23 @@ def fill(run: RunDir, source: Values, given: argparse.Namespace) -> dict[str, fl
     }
 
 
-def ask(run: RunDir, names: list[str]) -> dict[str, float]:
+def ask(run: RunDir) -> dict[str, float]:
     """Open by the index, draw, and open without the index."""
     clock = time.perf_counter
     began = clock()
     record = load_record(run.path)
     opened = clock() - began
+    names = record.metrics.names
     total = int(record.metrics.query(names[0], points=1)["step"][-1])
+    rarest = min(names, key=lambda name: record.metrics.query(name, points=1)["count"].sum())
     record = load_record(run.path)  # as cold as it is opened
-    random = np.random.default_rng(2)
+    began, busy = clock(), time.process_time()
+    record.history(HistoryRequest(req=1, metrics=[rarest], points=400))
+    rare = clock() - began, time.process_time() - busy
+    record = load_record(run.path)
+    chosen = np.random.default_rng(2)
     spans = [(1, total)] + [
-        (low := int(random.integers(1, total)), int(low + 10 ** random.uniform(2, np.log10(total)))) for _ in range(200)
+        (low := int(chosen.integers(1, total)), int(low + 10 ** chosen.uniform(2, np.log10(total)))) for _ in range(200)
     ]
     taken, computed = list[float](), list[float]()  # by the clock; of this process, whatever else the machine does
     for at, (low, high) in enumerate(spans):
@@ -218,6 +270,8 @@ def ask(run: RunDir, names: list[str]) -> dict[str, float]:
         "chart_cpu_ms_max": round(1000 * max(computed), 2),
         "charts_over_20ms": sum(each > 0.020 for each in taken),
         "charts": len(taken),
+        "chart_of_rarest_ms": round(1000 * rare[0], 2),
+        "chart_of_rarest_cpu_ms": round(1000 * rare[1], 2),
         "chart_of_all_ms": round(1000 * taken[0], 2),
         "numpy_over_all_ms": round(1000 * floor, 2),
     }
@@ -248,15 +302,16 @@ def main() -> None:
     parser.add_argument("--points", type=float, default=2e6)
     parser.add_argument("--noise", choices=["f4", "f8", "demo", "recorded"], default="demo")
     parser.add_argument("--rows", type=int, default=2)
-    parser.add_argument("--shape", choices=["plain", "back", "rollbacks"], default="plain")
+    parser.add_argument("--shape", choices=["plain", "back", "rollbacks", "sparse", "varying"], default="plain")
     parser.add_argument("--rollbacks", type=int, default=90)
+    parser.add_argument("--every", type=int, default=400)
     given = parser.parse_args()
     source = Values(given.noise)
     with tempfile.TemporaryDirectory() as name:
         run = RunDir(Path(name) / "run")
         line: dict[str, object] = {"bench": "journal", "values": given.noise, "rows": given.rows, "shape": given.shape}
         filled = fill(run, source, given)
-        line |= filled | ask(run, source.names)
+        line |= filled | ask(run)
         line["ratio_to_values"] = round(filled["bytes_per_point"] / source.floor(), 3)
         line["memory_peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
         peer = tfevents(source, Path(name) / "tfevents")

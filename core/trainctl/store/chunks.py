@@ -11,7 +11,7 @@ import numpy as np
 from trainctl.store.blocks import Block
 from trainctl.store.frames import read_packed
 from trainctl.store.packed import PackedRows, decode_packed
-from trainctl.store.rollups import Columns
+from trainctl.store.rollups import Columns, Growing
 
 _CACHED_BYTES: Final = 48 * 1024 * 1024
 
@@ -73,7 +73,7 @@ class BlockReader:
 class Chunks:
     """Where the values of a track are that are not hot: parallel columns, one entry a block.
 
-    A place is (segment, offset), or (0, n) for the n-th of those `kept` in memory because no block holds just them.
+    A place is (segment, offset), or (0, n) for the n-th stretch of those that are kept in memory.
     """
 
     def __init__(self, saved: Columns | None = None, kept: list[Columns] | None = None) -> None:
@@ -82,7 +82,22 @@ class Chunks:
             list(zip(saved["segment"].tolist(), saved["offset"].tolist(), strict=True)) if saved is not None else []
         )
         self.size = int(saved["size"][0]) if saved is not None else 0
-        self.kept: list[Columns] = kept or []
+        self._kept = [
+            {name: Growing(column.dtype.str, column) for name, column in columns.items()} for columns in kept or []
+        ]
+
+    @property
+    def kept(self) -> list[Columns]:
+        """The stretches in memory, each `step`, `time` and `value`."""
+        return [self.kept_at(at) for at in range(len(self._kept))]
+
+    def kept_at(self, at: int) -> Columns:
+        return {name: column.view for name, column in self._kept[at].items()}
+
+    @property
+    def in_memory(self) -> int:
+        """How many values are kept."""
+        return sum(columns["step"].size for columns in self._kept)
 
     def append(self, count: int, segment: int, offset: int) -> None:
         self.starts.append(self.size)
@@ -90,8 +105,15 @@ class Chunks:
         self.size += count
 
     def keep(self, columns: Columns) -> None:
-        self.kept.append({name: column.copy() for name, column in columns.items()})
-        self.append(len(columns["step"]), 0, len(self.kept) - 1)
+        """They go on with the stretch before them, so that what comes rarely costs its values and no places."""
+        count = len(columns["step"])
+        if self.places and self.places[-1][0] == 0:
+            self.size += count
+        else:
+            self._kept.append({name: Growing(column.dtype.str) for name, column in columns.items()})
+            self.append(count, 0, len(self._kept) - 1)
+        for name, column in self._kept[-1].items():
+            column.extend(columns[name])
 
     def saved(self) -> Columns:
         return {

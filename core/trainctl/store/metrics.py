@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from trainctl.store.blocks import Block
 from trainctl.store.chunks import BlockReader
+from trainctl.store.density import base_of, stays
 from trainctl.store.packed import Sealed, well_formed
 from trainctl.store.rollups import Columns, join
 from trainctl.store.saved import SavedBranch, SavedMetrics, load_track, save_track
@@ -153,7 +154,12 @@ class MetricStore:
             return
         self.unsealed.drop(len(keys))
         for name, count in sealed.counts.items():
-            self._metrics[name].tracks[sealed.incarnation].seal(count, sealed.segment, sealed.offset)
+            track = self._metrics[name].tracks[sealed.incarnation]
+            track.refine(base_of(count, sealed.counts))
+            if stays(count, sealed.counts):
+                track.keep(count)
+            else:
+                track.seal(count, sealed.segment, sealed.offset)
 
     def _keep(self, last: tuple[int, int]) -> None:
         """Memory and journal hold different envelopes here (some were never written): the values of those up to `last`

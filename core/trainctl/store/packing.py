@@ -40,7 +40,7 @@ from trainctl.wire.messages import Column, Envelope, RolledBack, Rows, StateChan
 from trainctl.wire.rundir import fsync_dir
 
 ROWS_LIMIT = 4096
-_CELLS_LIMIT = 128 * 1024
+CELLS_LIMIT = 128 * 1024
 _OTHERS_BYTES = 256 * 1024
 
 
@@ -128,7 +128,7 @@ class Packer:
         assert isinstance(head.body, Rows)
         same = (head.epoch, head.attempt, head.body.incarnation) == (envelope.epoch, envelope.attempt, body.incarnation)
         total = len(self._steps) + rows
-        return same and total <= ROWS_LIMIT and total * max(columns, len(self._metrics)) <= _CELLS_LIMIT
+        return same and total <= ROWS_LIMIT and total * max(columns, len(self._metrics)) <= CELLS_LIMIT
 
     def _gather(self, envelope: Envelope, body: Rows, columns: list[Column]) -> None:
         if self._head is None:

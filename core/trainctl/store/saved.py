@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from trainctl.store.bounds import Bounds
 from trainctl.store.chunks import BlockReader, Chunks
+from trainctl.store.density import BASE
 from trainctl.store.edges import Edges
 from trainctl.store.frames import Damage, packed_file
 from trainctl.store.rollups import Columns, Level
-from trainctl.store.tracks import BASE, FAN, Track
+from trainctl.store.tracks import FAN, Track
 from trainctl.store.unsealed import SavedEntries, SavedKinds
 from trainctl.wire.messages import CommandUpdate, Event, LastValue, Message, NodeReading, RankFigures, RunState, Stream
 from trainctl.wire.rundir import write_atomic
@@ -51,6 +52,7 @@ class SavedTrack(Message, frozen=True, kw_only=True):
     edges: SavedColumns
     chunks: SavedColumns
     kept: list[SavedColumns]
+    base: int = BASE
     levels: list[SavedColumns]
     hot_start: int
     hot: SavedColumns
@@ -159,6 +161,7 @@ def save_track(track: Track, incarnation: int) -> SavedTrack:
         edges=save_columns(track.edges.saved()),
         chunks=save_columns(track.chunks.saved()),
         kept=[save_columns(columns) for columns in track.chunks.kept],
+        base=track.base,
         levels=[save_columns(level.slice(0, level.size)) for level in track.levels],
         hot_start=track.hot_start,
         hot=save_columns({name: column.view for name, column in track.hot.items()}),
@@ -171,7 +174,8 @@ def load_track(saved: SavedTrack, reader: BlockReader) -> Track:
         bounds=None if saved.bounds is None else Bounds(load_columns(saved.bounds)),
         edges=Edges(load_columns(saved.edges)),
         chunks=Chunks(load_columns(saved.chunks), [load_columns(columns) for columns in saved.kept]),
-        levels=[Level(BASE * FAN**at, load_columns(columns)) for at, columns in enumerate(saved.levels)],
+        base=saved.base,
+        levels=[Level(saved.base * FAN**at, load_columns(columns)) for at, columns in enumerate(saved.levels)],
         hot_start=saved.hot_start,
         hot=load_columns(saved.hot),
         first_step=saved.first_step,

@@ -1,11 +1,12 @@
 """One metric in one incarnation: a sealed part that is on disk, a hot part in memory, and a pyramid over both.
 
-Only buckets of 256 values and more are kept, a quarter of a byte for each value. What is finer is made from the values
-themselves when somebody asks: for the hot part at hand, for the sealed part from the packed segments.
+Only buckets of 256 values and more are kept, a quarter of a byte for each value (finer ones where few values of the
+metric are in a block, density.py). What is finer is made from the values themselves when somebody asks: for the hot
+part at hand, for the sealed part from the packed segments.
 
 Steps grow, as a rule, and then a span of them is a span of rows. Where a script counted backwards, each bucket's lowest
 and highest step tells what to read (bounds.py). Such a chart is in the order of steps: exact where there are so few
-values that each is looked at, else in buckets of 256 put in the order of their last steps.
+values that each is looked at, else in such buckets put in the order of their last steps.
 """
 
 import math
@@ -18,10 +19,10 @@ from numpy.typing import NDArray
 
 from trainctl.store.bounds import Bounds, stretches
 from trainctl.store.chunks import BlockReader, Chunks
+from trainctl.store.density import BASE
 from trainctl.store.edges import Edges
 from trainctl.store.rollups import Columns, Growing, Level, group, group_by_count, join, ones
 
-BASE: Final = 256
 FAN: Final = 4
 _FEW: Final = 16  # buckets: what is drawn of one of many branches, small enough to be remembered
 # A level that is a little too coarse is taken rather than values read: a fifth fewer buckets than were asked for.
@@ -51,6 +52,7 @@ class Track:
         self.edges = Edges()
         self.chunks = Chunks()
         self.levels: list[Level] = []
+        self.base = BASE  # values in a bucket of the first level
         self.hot = {"step": Growing("i8"), "time": Growing("f8"), "value": Growing("f4")}
         self.hot_start = 0  # row number of the first hot value
         self._reader = reader
@@ -63,7 +65,7 @@ class Track:
 
     @property
     def in_memory(self) -> int:
-        return self.hot["step"].size + sum(len(kept["step"]) for kept in self.chunks.kept)
+        return self.hot["step"].size + self.chunks.in_memory
 
     def restore(
         self,
@@ -73,12 +75,13 @@ class Track:
         first_step: int,
         last_step: int,
         chunks: Chunks,
+        base: int,
         levels: list[Level],
         hot_start: int,
         hot: Columns,
     ) -> None:
         """Be again what was saved."""
-        self.bounds, self.edges, self.chunks, self.levels = bounds, edges, chunks, levels
+        self.bounds, self.edges, self.chunks, self.base, self.levels = bounds, edges, chunks, base, levels
         self.first_step, self.last_step, self.hot_start = first_step, last_step, hot_start
         self.hot = {name: Growing(column.dtype.str, column) for name, column in hot.items()}
 
@@ -105,14 +108,20 @@ class Track:
         self.chunks.append(count, segment, offset)
         self._cool()
 
+    def refine(self, base: int) -> None:
+        """Roll up from buckets of `base` on, if nothing was given away yet: afterwards it would have to be read."""
+        if base != self.base and not self.hot_start and self.bounds is None:
+            self.base, self.levels = base, []
+            self._build()
+
     def keep(self, count: int) -> None:
-        """The next `count` values stay in memory for good: no block holds just them."""
+        """The next `count` values stay in memory for good: no block holds just them, or hardly more of the metric."""
         self.chunks.keep(self.rows(self.chunks.size, self.chunks.size + count))
         self._cool()
 
     def _cool(self) -> None:
         # The rows of an incomplete bucket stay at hand until it is complete.
-        built = self.levels[0].size * BASE if self.levels else 0
+        built = self.levels[0].size * self.base if self.levels else 0
         kept_from = min(self.chunks.size, built)
         for column in self.hot.values():
             column.drop(kept_from - self.hot_start)
@@ -122,7 +131,7 @@ class Track:
         """Complete what can be completed, each level from the one below."""
         at = 0
         while True:
-            width = BASE * FAN**at
+            width = self.base * FAN**at
             if at == len(self.levels):
                 if self.size < width:
                     return
@@ -133,9 +142,9 @@ class Track:
                 return  # a level above cannot have grown either
             if at == 0:
                 singles = self.ones(have * width, complete * width)
-                target.extend(group(singles, BASE))
+                target.extend(group(singles, self.base))
                 if self.bounds is not None:
-                    steps = singles["step"].astype("i8").reshape(-1, BASE)
+                    steps = singles["step"].astype("i8").reshape(-1, self.base)
                     self.bounds.extend(steps.min(axis=1), steps.max(axis=1))
             else:
                 target.extend(group(self.levels[at - 1].slice(have * FAN, complete * FAN), FAN))
@@ -151,8 +160,10 @@ class Track:
         while at < len(self.chunks.starts) and self.chunks.starts[at] < (end := min(last, sealed)):
             start = self.chunks.starts[at]
             segment, offset = self.chunks.places[at]
-            kept = self.chunks.kept[offset] if segment == 0 else None
-            found = kept or self._reader.metric(segment, offset, self.name)
+            if segment == 0:
+                found: Columns | None = self.chunks.kept_at(offset)
+            else:
+                found = self._reader.metric(segment, offset, self.name)
             if found is not None:
                 parts.append({name: column[max(0, first - start) : end - start] for name, column in found.items()})
             at += 1
@@ -194,7 +205,7 @@ class Track:
         if self.levels:
             ends = self.levels[0].columns["step"].view
             bucket = int(np.searchsorted(ends, step, "right" if right else "left"))
-            low, high = bucket * BASE, min((bucket + 1) * BASE, self.size)
+            low, high = bucket * self.base, min((bucket + 1) * self.base, self.size)
             if bucket == len(ends):
                 high = self.size
         steps = self.rows(low, high)["step"]
@@ -207,13 +218,13 @@ class Track:
     def _scattered(self, bounds: Bounds, from_step: int | None, to_step: int | None) -> Span:
         whole, some = bounds.between(from_step, to_step)
         singles = self._singles(some, from_step, to_step)
-        size = int(np.count_nonzero(whole)) * BASE + len(singles["step"])
+        size = int(np.count_nonzero(whole)) * self.base + len(singles["step"])
         return Span(size=size, first=0, end=self.size, whole=whole, singles=singles)
 
     def _singles(self, chosen: NDArray[np.bool_], from_step: int | None, to_step: int | None) -> Columns:
         """The rows between two steps in the chosen buckets and behind the last bucket, in the order they came in."""
-        built = len(chosen) * BASE
-        spans = [(first * BASE, end * BASE) for first, end in stretches(chosen)] + [(built, self.size)]
+        built = len(chosen) * self.base
+        spans = [(first * self.base, end * self.base) for first, end in stretches(chosen)] + [(built, self.size)]
         parts: list[Columns] = []
         for first, end in spans:
             found = self.rows(first, end)
@@ -267,7 +278,7 @@ class Track:
         self, whole: NDArray[np.bool_], singles: Columns, from_step: int | None, to_step: int | None, per_bucket: int
     ) -> Columns:
         """Buckets in the order of their steps, of a track whose steps did not come in that order."""
-        if per_bucket * _COARSER < BASE and np.any(whole):
+        if per_bucket * _COARSER < self.base and np.any(whole):
             _, some = self.bounds.between(from_step, to_step) if self.bounds is not None else (whole, ~whole)
             singles = self._singles(whole | some, from_step, to_step)
             whole = np.zeros(len(whole), bool)
@@ -275,7 +286,7 @@ class Track:
         if np.any(whole):
             complete = {name: column.view[: len(whole)][whole] for name, column in self.levels[0].columns.items()}
             made = join([complete, made])
-            rows = np.concatenate([(np.flatnonzero(whole) + 1) * BASE - 1, rows])
+            rows = np.concatenate([(np.flatnonzero(whole) + 1) * self.base - 1, rows])
         order = np.lexsort((rows, made["step"]))
         return group_by_count({name: column[order] for name, column in made.items()}, per_bucket)
 
@@ -329,4 +340,4 @@ class Track:
         """Look up, now and for the index, what a chart needs of a branch that ends with this step."""
         if self.bounds is None:
             end = self.span(None, to_step).end
-            self._pieces(end - end % BASE, end, -1)
+            self._pieces(end - end % self.base, end, -1)
