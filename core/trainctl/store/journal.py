@@ -9,13 +9,11 @@ import contextlib
 import errno
 import os
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import msgspec
 
 from trainctl.store.frames import (
     HEADER,
@@ -28,23 +26,22 @@ from trainctl.store.frames import (
     segment_frames,
     segments,
 )
+from trainctl.store.tails import cut_torn_tail, key_decoder
 from trainctl.wire.codec import DATA_LIMIT
 from trainctl.wire.rundir import fsync_dir
 
-__all__ = ["SEGMENT_BYTES", "Damage", "Frame", "JournalIndex", "JournalWriter", "read_frames", "read_journal"]
+__all__ = [
+    "SEGMENT_BYTES",
+    "Damage",
+    "Frame",
+    "JournalIndex",
+    "JournalWriter",
+    "read_frames",
+    "read_journal",
+]
 
 SEGMENT_BYTES = 8 * 1024 * 1024
 _BLOCK = 64
-
-
-class _Key(msgspec.Struct):
-    """The part of an envelope that the index needs; the rest is skipped without being built."""
-
-    stream: str
-    seq: int
-
-
-_key_decoder = msgspec.msgpack.Decoder(_Key)
 
 
 def read_journal(directory: Path, damage: list[Damage] | None = None) -> Iterator[bytes]:
@@ -103,6 +100,14 @@ class JournalIndex:
                 del blocks.first_seqs[:kept], blocks.places[:kept]
                 blocks.count = blocks.count if blocks.places else 0
 
+    def rewind(self, stream: str, seq: int) -> None:
+        """The envelope of that number, and those after it, are about to be appended again."""
+        blocks = self._streams.get(stream)
+        if blocks is not None and blocks.gone < seq <= blocks.last_seq:
+            kept = bisect_left(blocks.first_seqs, seq)
+            del blocks.first_seqs[kept:], blocks.places[kept:]
+            blocks.count, blocks.last_seq = 0, seq - 1
+
     def skip(self, stream: str, seq: int) -> None:
         """Envelopes up to `seq` are in packed segments."""
         blocks = self._streams.setdefault(stream, _Blocks())
@@ -136,7 +141,7 @@ class JournalIndex:
         segment, offset = blocks.places[at]
         end = blocks.first_seqs[at + 1] if at + 1 < len(blocks.first_seqs) else blocks.last_seq + 1
         for found in segment_frames(self._directory, segment, offset):
-            key = _key_decoder.decode(found.payload)
+            key = key_decoder.decode(found.payload)
             if key.stream != stream:
                 continue
             if key.seq >= end:
@@ -167,12 +172,15 @@ class JournalWriter:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         existing = segments(directory)
         torn = bool(existing) and not packed_file(directory, existing[-1]).exists()
-        self.cut_bytes = _cut_torn_tail(directory, existing[-1]) if torn else 0
+        self.cut_bytes = cut_torn_tail(directory, existing[-1]) if torn else 0
         self._segment = max([after, *existing[-1:]])
         self._fd = -1
         self._offset = 0
         self._full: deque[int] = deque()  # descriptors of full segments, until they are synced
         self._syncing = threading.Lock()
+        self._end = (0, 0)  # segment and size, always of one moment
+        self._proven: dict[int, int] = {}
+        self._failed: OSError | None = None
         self._begin_segment()
 
     def append(self, encoded: bytes, stream: str, seq: int) -> None:
@@ -183,20 +191,37 @@ class JournalWriter:
         self._write(framed)
         self.index.note(stream, seq, self._segment, self._offset)
         self._offset += len(framed)
+        self._end = (self._segment, self._offset)
 
     def sync(self) -> None:
-        """Put everything appended so far on disk. May run in another thread than `append` and `close`."""
+        """Put everything appended so far on disk. May run in another thread than `append` and `close`.
+
+        Once it failed it fails for good: what was not written back is gone, although the next fsync would succeed.
+        """
         with self._syncing:
             if self._fd < 0:
                 raise OSError(errno.EBADF, "it was closed")
+            if self._failed is not None:
+                raise OSError(self._failed.errno, self._failed.strerror)
+            segment, size = self._end
             handle = os.dup(self._fd)  # the next segment may begin meanwhile
             try:
                 while self._full:
                     os.fsync(self._full[0])
                     os.close(self._full.popleft())
                 os.fsync(handle)
+            except OSError as error:
+                self._failed = error
+                raise
             finally:
                 os.close(handle)
+            self._proven[segment] = size
+            for older in [number for number in list(self._proven) if number < segment]:
+                del self._proven[older]
+
+    def unproven(self) -> dict[int, int]:
+        """Segments of this writer that may hold more than was synced, each with the bytes that were."""
+        return dict(self._proven)
 
     @property
     def segment(self) -> int:
@@ -236,6 +261,8 @@ class JournalWriter:
         if self._fd >= 0:
             self._full.append(self._fd)
         self._fd, self._segment, self._offset = handle, number, len(HEADER)
+        self._proven[number] = len(HEADER)
+        self._end = (number, len(HEADER))
 
     def _write(self, framed: bytes) -> None:
         written = 0
@@ -247,17 +274,3 @@ class JournalWriter:
             os.ftruncate(self._fd, self._offset)
             os.lseek(self._fd, self._offset, os.SEEK_SET)
             raise
-
-
-def _cut_torn_tail(directory: Path, number: int) -> int:
-    """Truncate the newest segment after its last good frame; return the bytes that went. Decay in it is kept."""
-    damage: list[Damage] = []
-    for _ in segment_frames(directory, number, None, damage):
-        pass
-    torn = damage[-1] if damage and damage[-1].torn else None
-    if torn is None or torn.offset == 0:
-        return 0
-    with segment_file(directory, number).open("r+b") as file:
-        file.truncate(torn.offset)
-        os.fsync(file.fileno())
-    return torn.bytes

@@ -206,9 +206,8 @@ class Hub:
     async def _sync_for_ever(self) -> None:
         while True:
             await asyncio.sleep(_TICK_S)
-            link, attempt = self._keeper.written_link, self._line.attempt
             if await asyncio.to_thread(self._keeper.sync):
-                self._attendance.acknowledge(link, attempt)
+                self._attendance.acknowledge(self._keeper.synced_link, self._line.attempt)
 
     async def _end(self) -> None:
         await self._alerts.close()
