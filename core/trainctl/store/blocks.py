@@ -68,7 +68,7 @@ class Block:
         return unpack_integers(column.rows, self.packed.count) if column.rows else None
 
     def metric(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.generic]]:
-        """(steps, times, values) of one metric. Raises KeyError, and ValueError or zlib.error for decayed bytes."""
+        """(steps, times, values) of one metric. Raises one of `UNUSABLE` for bytes that nobody packed like this."""
         steps, times = self.steps, self.times
         column = self._columns[name]
         if column.like is not None:
@@ -82,4 +82,6 @@ class Block:
         if column.rows:
             rows = unpack_integers(column.rows, self.packed.count)
             steps, times = steps[rows], times[rows]
+        if not len(steps) == len(times) == len(values):
+            raise ValueError(f"{len(values)} values of {column.name} at {len(steps)} steps and {len(times)} times")
         return steps, times, values

@@ -27,6 +27,11 @@ class Bounds:
         self._low.extend(low)
         self._high.extend(high)
 
+    @property
+    def size(self) -> int:
+        """Of how many buckets; 0 where the two columns differ in that."""
+        return self._low.size if self._low.size == self._high.size else 0
+
     def saved(self) -> Columns:
         return {"low": self._low.view, "high": self._high.view}
 

@@ -1,6 +1,5 @@
 """Where the values of a metric are that were packed, and the blocks they are read from."""
 
-import zlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Final
@@ -10,7 +9,7 @@ import numpy as np
 
 from trainctl.store.blocks import Block
 from trainctl.store.frames import read_packed
-from trainctl.store.packed import PackedRows, decode_packed
+from trainctl.store.packed import UNUSABLE, PackedRows, decode_packed
 from trainctl.store.rollups import Columns, Growing
 
 _CACHED_BYTES: Final = 48 * 1024 * 1024
@@ -38,7 +37,7 @@ class BlockReader:
             return None
         try:
             steps, times, values = block.metric(name)
-        except (KeyError, ValueError, zlib.error):
+        except UNUSABLE:
             self.unreadable.add((segment, offset))
             return None
         found = {"step": steps, "time": times, "value": values}

@@ -9,8 +9,10 @@
 After damage in the middle, reading goes on with the next whole frame, which the mark helps to find. It is told.
 """
 
+import contextlib
 import io
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -27,6 +29,9 @@ _MARK = b"\xc1\xc1"
 _FRAME = struct.Struct("<2sII")
 # Larger than any envelope that the wire lets through, so a length beyond it can only be damage.
 FRAME_LIMIT = 4 * DATA_LIMIT
+# A mark and a length that can be: what looks like marks all over is passed over as fast as it is read.
+_PLAUSIBLE = re.compile(rb"\xc1(?=\xc1[\0-\xff]{2}[\0-\x40]\0)")
+_PATIENCE = 16  # times the bytes behind a damage, to look for whole frames among them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,27 +127,32 @@ def segment_frames(
 
 def _frames(directory: Path, number: int, start: int | None, lost: list[Damage]) -> Iterator[Frame]:
     file, packed = _open(directory, number)
-    with file:
+    with contextlib.closing(file):
         header = PACKED_HEADER if packed else HEADER
         if file.read(len(header)) != header:
             size = os.fstat(file.fileno()).st_size
             lost.append(Damage(segment=number, offset=0, bytes=size, torn=size < len(header)))
             return
         offset = file.seek(len(header) if start is None else start)
+        rest, base = None, 0
         while head := file.read(_FRAME.size):
             payload = _payload(head, file)
             if payload is not None:
                 yield Frame(payload=payload, segment=number, offset=offset, packed=packed)
                 offset += _FRAME.size + len(payload)
                 continue
-            file.seek(offset)
-            rest = file.read()
-            skipped = _next_frame(rest)
-            torn = skipped is None and not packed and not _whole(rest)
-            lost.append(Damage(segment=number, offset=offset, bytes=skipped or len(rest), torn=torn))
-            if skipped is None:
+            if rest is None:  # what is behind the first damage is looked into in memory, once
+                file.seek(offset)
+                rest, base = _Rest(file.read()), offset
+                file = io.BytesIO(rest.data)
+            at = offset - base
+            following = rest.next_frame(at)
+            torn = following is None and not packed and not rest.whole(at)
+            size = (len(rest.data) if following is None else following) - at
+            lost.append(Damage(segment=number, offset=offset, bytes=size, torn=torn))
+            if following is None:
                 return
-            offset = file.seek(offset + skipped)
+            offset = base + file.seek(following)
 
 
 def read_packed(directory: Path, number: int, offset: int) -> bytes | None:
@@ -178,19 +188,38 @@ def _payload(head: bytes, file: BinaryIO) -> bytes | None:
     return payload if len(payload) == length and zlib.crc32(payload) == checksum else None
 
 
-def _whole(rest: bytes) -> bool:
-    """Whether a frame of the length that its head says is there: then its bytes changed, and no crash cut it off."""
-    if len(rest) < _FRAME.size:
-        return False
-    mark, length, _ = _FRAME.unpack_from(rest)
-    return bool(mark == _MARK and 0 < length <= len(rest) - _FRAME.size)
+class _Rest:
+    """The bytes of a segment from its first damage on."""
 
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+        self._patience = _PATIENCE * len(data) + FRAME_LIMIT
 
-def _next_frame(rest: bytes) -> int | None:
-    """Where the first whole frame after a damaged one begins, or None: nothing more can be read."""
-    at = rest.find(_MARK, 1)
-    while at >= 0:
-        if _payload(rest[at : at + _FRAME.size], io.BytesIO(rest[at + _FRAME.size : at + _FRAME.size + FRAME_LIMIT])):
-            return at
-        at = rest.find(_MARK, at + 1)
-    return None
+    def whole(self, at: int) -> bool:
+        """Whether a frame of the length that its head says is there: then its bytes changed, and no crash cut it."""
+        return self._length(at) is not None
+
+    def next_frame(self, at: int) -> int | None:
+        """Where the first whole frame behind `at` begins, or None: nothing more can be read.
+
+        What was made to look like frames everywhere, each longer than it is worth, is given up.
+        """
+        view = memoryview(self.data)
+        for found in _PLAUSIBLE.finditer(self.data, at + 1):
+            length = self._length(found.start())
+            if length is None:
+                continue
+            self._patience -= length
+            start = found.start() + _FRAME.size
+            if zlib.crc32(view[start : start + length]) == _FRAME.unpack_from(self.data, found.start())[2]:
+                return found.start()
+            if self._patience <= 0:
+                return None
+        return None
+
+    def _length(self, at: int) -> int | None:
+        """Of the payload that a frame here would have, None where there is no room for one."""
+        if len(self.data) - at < _FRAME.size:
+            return None
+        mark, length, _ = _FRAME.unpack_from(self.data, at)
+        return length if mark == _MARK and 0 < length <= min(FRAME_LIMIT, len(self.data) - at - _FRAME.size) else None

@@ -192,13 +192,15 @@ class MetricStore:
         )
 
     def restore(self, saved: SavedMetrics) -> None:
-        """Be, in a store that is empty, what was saved."""
+        """Be, in a store that is empty, what was saved. Raises ValueError, KeyError or IndexError for nonsense."""
         self._metrics = {name: _Metric(last=saved.last.get(name)) for name in saved.names}
         for branch in saved.branches:
             self.begin(branch.incarnation, after_step=branch.after_step, parent=branch.parent)
         for track in saved.tracks:
             self._metrics[track.name].tracks[track.incarnation] = load_track(track, self._reader)
         self.unsealed.restore(saved.unsealed, saved.kinds, saved.names)
+        for name, incarnation in self.unsealed.tracks():
+            self._metrics[name].tracks[incarnation]  # raises KeyError
 
     @property
     def in_memory(self) -> int:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 INTEGERS_LIMIT = 2**19  # rows in a block; no envelope within its limit has as many
 LEVEL = 1  # of zlib: noise does not shrink more for more time
+_WIDTHS = "bhiq"
 _TICKS_A_SECOND = 2.0**22
 
 
@@ -21,7 +22,7 @@ def pack_integers(values: NDArray[np.int64]) -> bytes:
         return b""
     deltas = np.diff(values)
     low, high = (int(deltas.min()), int(deltas.max())) if len(deltas) else (0, 0)
-    for code in "bhiq":
+    for code in _WIDTHS:
         limits = np.iinfo(code)
         if limits.min <= low and high <= limits.max:
             break
@@ -33,7 +34,10 @@ def unpack_integers(data: bytes, limit: int = INTEGERS_LIMIT) -> NDArray[np.int6
     """At most `limit` integers. Raises ValueError for more or for other bytes, and zlib.error."""
     if not data:
         return np.empty(0, "i8")
-    dtype = np.dtype(f"<{chr(data[0])}")
+    code = chr(data[0])
+    if code not in _WIDTHS:
+        raise ValueError(f"{code!r} is no type of packed integers")
+    dtype = np.dtype(f"<{code}")
     deltas = unshuffle(inflate(data[9:], limit * dtype.itemsize), dtype)
     values = np.empty(len(deltas) + 1, "i8")
     values[0] = int.from_bytes(data[1:9], "little", signed=True)

@@ -151,18 +151,21 @@ class RunRecord:
         )
 
     def restore(self, saved: SavedRun) -> None:
-        """Be, in a record that is empty, what was saved."""
+        """Be, in a record that is empty, what was saved. Raises ValueError, KeyError or IndexError for what nobody
+        saved like this, and then is as empty as before."""
+        metrics, links = MetricStore(RunDir(self._directory).journal), LinkHeads(saved.links)
+        metrics.restore(saved.metrics)
+        self.metrics, self._links = metrics, links
         self.state, self.last_time = saved.state, saved.last_time
         self.heads |= saved.heads
         self.epochs |= saved.epochs
-        self._links, self.ranks, self.nodes = LinkHeads(saved.links), dict(saved.ranks), dict(saved.nodes)
+        self.ranks, self.nodes = dict(saved.ranks), dict(saved.nodes)
         self.events.extend(saved.events)
         self.commands = {update.id: update for update in saved.commands}
         self._settled = deque(saved.settled)
         self.forgets = len(self._settled) >= SETTLED_COMMANDS_KEPT
         self._checkpoint_incarnations = dict(saved.checkpoint_incarnations)
         self.damage.extend(saved.damage)
-        self.metrics.restore(saved.metrics)
 
     def progress(self, state: RunState) -> None:
         """What is true now, from whoever knows it first hand."""

@@ -1,5 +1,6 @@
 """From a run's directory to its `RunRecord`: the saved index as far as it goes, then the frames of the journal."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from trainctl.store.saved import read_index
 from trainctl.wire import codec
 from trainctl.wire.messages import FINAL_STATES, Anomaly, Envelope, RunInfo
 from trainctl.wire.rundir import RunDir
+
+log = logging.getLogger(__name__)
 
 
 class NoRecord(Exception):
@@ -90,7 +93,12 @@ def replay_journal(record: RunRecord, index: JournalIndex, journal: Path) -> Non
     saved = read_index(journal)
     after = 0
     if saved is not None:
-        record.restore(saved)
+        try:
+            record.restore(saved)
+        except UNUSABLE as error:  # whole by its checksum and no index of ours: it is only a view
+            log.warning("the saved index in %s is nonsense, the journal is replayed: %r", journal, error)
+            saved = None
+    if saved is not None:
         after = max((number for number, _ in saved.segments), default=0)
         covered = {number for number, _ in saved.segments}
         record.damage += [missing_segment(number) for number in range(1, after) if number not in covered]

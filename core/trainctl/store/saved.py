@@ -169,6 +169,7 @@ def save_track(track: Track, incarnation: int) -> SavedTrack:
 
 
 def load_track(saved: SavedTrack, reader: BlockReader) -> Track:
+    """Raises ValueError, KeyError or IndexError for what no track was saved as."""
     track = Track(saved.name, reader)
     track.restore(
         bounds=None if saved.bounds is None else Bounds(load_columns(saved.bounds)),
@@ -181,4 +182,26 @@ def load_track(saved: SavedTrack, reader: BlockReader) -> Track:
         first_step=saved.first_step,
         last_step=saved.last_step,
     )
+    _check(track)
     return track
+
+
+def _check(track: Track) -> None:
+    """Raises ValueError where the parts of a track do not belong together."""
+    built = track.levels[0].size * track.base if track.levels else 0
+    chunks = track.chunks
+    sizes = [{column.size for column in track.hot.values()}, {len(chunks.starts), len(chunks.places)}]
+    sizes += [{column.size for column in level.columns.values()} for level in track.levels]
+    sizes += [{len(column) for column in kept.values()} for kept in chunks.kept]
+    whole = (
+        set(track.hot) == {"step", "time", "value"}
+        and all(len(found) == 1 for found in sizes)
+        and 0 <= track.hot_start <= min(chunks.size, built) <= chunks.size <= track.size
+        and chunks.starts == sorted(chunks.starts)
+        and track.base > 1
+        and all(level.size <= track.size // level.width for level in track.levels)
+        and (track.bounds is None or track.bounds.size * track.base == built)
+        and all(0 <= at < len(chunks.kept) for segment, at in chunks.places if segment == 0)
+    )
+    if not whole:
+        raise ValueError(f"{track.name} is saved as parts that do not belong together")

@@ -49,6 +49,10 @@ class Unsealed:
         """(epoch, seq) of the oldest, None where there is none."""
         return self._entries[0][:2] if self._entries else None
 
+    def tracks(self) -> set[tuple[str, int]]:
+        """(name, incarnation) of all of them."""
+        return {(name, kind.incarnation) for kind in self._kinds.values() for name in kind.names}
+
     def begins_with(self, keys: list[tuple[int, int]]) -> bool:
         """Whether the oldest are these (epoch, seq), all of them and in this order."""
         return [entry[:2] for entry in islice(self._entries, len(keys))] == keys
