@@ -1,11 +1,13 @@
 """A long history in pages: each costs what is on it, and together they are the whole."""
 
+import tracemalloc
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
 
+from trainctl.store import chunks
 from trainctl.store.chunks import BlockReader
 from trainctl.store.frames import packed_file, segments
 from trainctl.store.journal import JournalWriter
@@ -133,3 +135,35 @@ def test_a_branch_whose_rows_decayed_since_they_were_looked_up_is_a_gap_and_no_f
         found = opened.history(msgspec.structs.replace(asked, points=points))
         assert found.series[0].columns["count"] == b""
     assert opened.metrics.unreadable
+
+
+def test_blocks_that_were_read_take_no_more_memory_than_is_said_as_they_are_and_unpacked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = RunDir(tmp_path)
+    run.create()
+    info = RunInfo(run="m", id="m", dir=str(tmp_path), host="h", created=0, started=0, world_size=1)
+    run.info_file.write_bytes(msgspec.json.encode(info))
+    writer, random = JournalWriter(run.journal), np.random.default_rng(1)
+    for seq in range(1, 41):
+        steps = list(range(seq * 4000 - 3999, seq * 4000 + 1))
+        columns = [
+            Column(name=f"m{number}", dtype="f8", data=random.normal(size=4000).astype("<f8").tobytes())
+            for number in range(8)
+        ]
+        body = Rows(attempt=1, incarnation=1, steps=steps, times=[1.0 * step for step in steps], columns=columns)
+        envelope = Envelope(source="m", epoch=1, stream="metrics", seq=seq, time=1e9, body=body, attempt=1)
+        writer.append(codec.encode(envelope), "metrics", seq)
+    writer.close()
+    for number in segments(run.journal):
+        pack_segment(run.journal, number)
+    monkeypatch.setattr(chunks, "CACHED_BYTES", 3 * 2**20)
+    record = load_record(tmp_path)
+    tracemalloc.start()
+    try:
+        for number in range(8):
+            assert len(record.metrics.query(f"m{number}")["value"]) == 160_000
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert kept < 3.5 * 2**20, "of ten"

@@ -1,6 +1,7 @@
 """The metric store against plain numpy: values to the bit, rollups that never lie."""
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -179,3 +180,21 @@ def test_what_stays_in_memory_of_a_value_is_a_quarter_of_a_byte(dtype: str) -> N
     (track,) = store.save().tracks
     kept = sum(len(column.data) for level in track.levels for column in level.values())
     assert kept / 200_000 < (0.24 if dtype == "f4" else 0.30)
+
+
+def test_a_track_with_few_values_takes_little_memory() -> None:
+    names, branches = [f"layer{number}/norm" for number in range(100)], 20
+    data = np.zeros(20, "<f4").tobytes()
+    store = MetricStore()
+    tracemalloc.start()
+    try:
+        for incarnation in range(1, branches + 1):
+            steps = list(range(incarnation * 20 - 19, incarnation * 20 + 1))
+            columns = [Column(name=name, dtype="f4", data=data) for name in names]
+            times = [float(step) for step in steps]
+            store.add(Rows(attempt=1, incarnation=incarnation, steps=steps, times=times, columns=columns))
+        assert store.in_memory == 20 * 100 * branches
+        taken, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert taken / (100 * branches) < 2800, "of which the values are 400"

@@ -8,6 +8,7 @@ import pytest
 
 from trainctl.store.history import HISTORY_BYTES
 from trainctl.store.journal import JournalWriter
+from trainctl.store.packing import pack_segment
 from trainctl.store.record import RunRecord
 from trainctl.store.replay import NoRecord, load_record
 from trainctl.wire import codec
@@ -227,3 +228,24 @@ def test_rollups_of_many_metrics_fit_one_answer(tmp_path: Path) -> None:
     assert answer.next_step is None
     counted = [np.frombuffer(series.columns["count"], "<i8").sum() for series in answer.series]
     assert counted == [20_000] * 20
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_what_another_rank_read_of_earlier_steps_does_not_set_the_run_back(tmp_path: Path, *, packed: bool) -> None:
+    teller = Teller(tmp_path)
+    teller.tell(state("running"))
+    teller.tell(rows(range(1, 101), names=("loss", "lr")), link=1)
+    teller.tell(rows(range(40, 61), names=("data_first.1", "data_last.1")), link=2)
+    assert (teller.record.state.step, teller.record.state.step_time) == (100, 100.0)
+    teller.write(tmp_path)
+    if packed:
+        pack_segment(RunDir(tmp_path).journal, 1)
+    read = load_record(tmp_path)
+    assert (read.state.step, read.state.step_time, read.state.lr.effective) == (100, 100.0, 100.0)
+    assert read.metrics.query("data_last.1")["step"].tolist() == list(range(40, 61))
+    rolled_back = RolledBack(time=2.0, step=20, incarnation=2, from_step=100, from_incarnation=1, checkpoint="c")
+    teller.tell(rolled_back, link=3)
+    teller.tell(rows(range(61, 81), names=("data_first.1",)), link=4)
+    assert (teller.record.state.step, teller.record.state.incarnation) == (20, 2), "a late word of the branch before"
+    teller.tell(rows(range(21, 23), incarnation=2), link=5)
+    assert teller.record.state.step == 22

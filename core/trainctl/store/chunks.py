@@ -12,7 +12,9 @@ from trainctl.store.frames import read_packed
 from trainctl.store.packed import UNUSABLE, PackedRows, decode_packed
 from trainctl.store.rollups import Columns, Growing
 
-_CACHED_BYTES: Final = 48 * 1024 * 1024
+CACHED_BYTES = 48 * 1024 * 1024  # of blocks as they are on disk a third, of what was unpacked of them the rest
+_ROWS_BYTES: Final = 16  # steps and times, which a block keeps for the next metric
+_CACHED_BLOCKS: Final = 64
 
 
 class BlockReader:
@@ -20,7 +22,8 @@ class BlockReader:
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
-        self._blocks: OrderedDict[tuple[int, int], Block | None] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int], tuple[Block | None, int]] = OrderedDict()
+        self._block_bytes = 0
         self._columns: OrderedDict[tuple[int, int, str], Columns] = OrderedDict()
         self._bytes = 0
         self.unreadable: set[tuple[int, int]] = set()
@@ -43,7 +46,7 @@ class BlockReader:
         found = {"step": steps, "time": times, "value": values}
         self._columns[key] = found
         self._bytes += sum(column.nbytes for column in found.values())
-        while self._bytes > _CACHED_BYTES:
+        while self._bytes > CACHED_BYTES * 2 // 3:
             _, oldest = self._columns.popitem(last=False)
             self._bytes -= sum(column.nbytes for column in oldest.values())
         return found
@@ -52,7 +55,7 @@ class BlockReader:
         place = (segment, offset)
         if place in self._blocks:
             self._blocks.move_to_end(place)
-            return self._blocks[place]
+            return self._blocks[place][0]
         payload = read_packed(self._directory, segment, offset) if self._directory is not None else None
         block = None
         if payload is not None:
@@ -63,9 +66,12 @@ class BlockReader:
                 block = None
         if block is None:
             self.unreadable.add(place)
-        self._blocks[place] = block
-        if len(self._blocks) > 64:
-            self._blocks.popitem(last=False)
+        size = 0 if block is None or payload is None else len(payload) + _ROWS_BYTES * block.packed.count
+        self._blocks[place] = block, size
+        self._block_bytes += size
+        while self._block_bytes > CACHED_BYTES // 3 or len(self._blocks) > _CACHED_BLOCKS:
+            _, (_, gone) = self._blocks.popitem(last=False)
+            self._block_bytes -= gone
         return block
 
 
@@ -74,6 +80,8 @@ class Chunks:
 
     A place is (segment, offset), or (0, n) for the n-th stretch of those that are kept in memory.
     """
+
+    __slots__ = ("_kept", "places", "size", "starts")
 
     def __init__(self, saved: Columns | None = None, kept: list[Columns] | None = None) -> None:
         self.starts: list[int] = saved["start"].tolist() if saved is not None else []

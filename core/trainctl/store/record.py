@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from trainctl.store.blocks import Block
 from trainctl.store.frames import Damage
@@ -121,7 +122,9 @@ class RunRecord:
             for name in ("lr", "lr_scheduled")
             if name in block.names and len(values := block.metric(name)[2])
         }
-        self._advance(int(block.steps[-1]), float(block.times[-1]), packed.incarnation, packed.attempt, lr)
+        newest_row = _newest_row(block.steps)
+        at = float(block.times[newest_row])
+        self._advance(int(block.steps[newest_row]), at, packed.incarnation, packed.attempt, lr)
 
     def seal(self, places: Iterable[Sealed]) -> None:
         """These rows were packed: their values are read from there from now on."""
@@ -174,9 +177,13 @@ class RunRecord:
     def _apply_rows(self, rows: Rows, envelope: Envelope) -> None:
         self.metrics.add(rows, envelope.seq, envelope.epoch)
         if rows.steps:
-            self._advance(rows.steps[-1], rows.times[-1], rows.incarnation, rows.attempt, _last_lr(rows))
+            newest = _newest_row(np.array(rows.steps, "i8"))
+            self._advance(rows.steps[newest], rows.times[newest], rows.incarnation, rows.attempt, _last_lr(rows))
 
     def _advance(self, step: int, at: float, incarnation: int, attempt: int, lr: dict[str, float]) -> None:
+        # What other ranks read of a step comes up to seconds after it, and says nothing of where the run is.
+        if (incarnation, step) < (self.state.incarnation, self.state.step):
+            return
         self.state = msgspec.structs.replace(
             self.state,
             step=step,
@@ -289,6 +296,11 @@ class RunRecord:
             and (request.from_step is None or event.step >= request.from_step)
         )
         return list(islice(matching, max(0, min(request.limit, 2000))))[::-1]
+
+
+def _newest_row(steps: NDArray[np.int64]) -> int:
+    """Of the highest step; of several such the last."""
+    return len(steps) - 1 - int(np.argmax(steps[::-1]))
 
 
 def _last_lr(rows: Rows) -> dict[str, float]:

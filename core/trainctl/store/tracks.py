@@ -46,6 +46,20 @@ class Track:
     """Values in the order in which they came; row numbers count from 0 over the sealed and the hot part, which may
     overlap a little."""
 
+    __slots__ = (
+        "_reader",
+        "base",
+        "bounds",
+        "chunks",
+        "edges",
+        "first_step",
+        "hot",
+        "hot_start",
+        "last_step",
+        "levels",
+        "name",
+    )
+
     def __init__(self, name: str, reader: BlockReader) -> None:
         self.name = name
         self.bounds: Bounds | None = None  # once a step went back
