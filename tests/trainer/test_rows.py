@@ -62,6 +62,24 @@ def test_a_rollback_ends_the_rows_of_its_branch_and_drops_the_step_in_progress()
     assert [(rows.incarnation, rows.steps) for rows in made] == [(1, [5]), (2, [4])]
 
 
+def test_what_was_logged_behind_the_last_step_belongs_to_it_and_in_a_step_that_was_begun_to_that() -> None:
+    maker = RowMaker(attempt=1)
+    maker.feed([logged(5, loss=1.0), mark(5), logged(6, test=0.9)])
+    (rows,) = maker.finish(5, begun=False)
+    assert table([rows]) == {"test": [(5, 0.9)]}
+    assert maker.finish(5, begun=False) == []
+    maker.feed([logged(6, loss=float("inf"))])
+    (rows,) = maker.finish(5, begun=True)
+    assert table([rows]) == {"loss": [(6, float("inf"))]}
+
+
+def test_a_step_whose_mark_was_refused_keeps_its_number_at_the_end() -> None:
+    maker = RowMaker(attempt=1)
+    maker.feed([logged(5, loss=1.0), mark(5), logged(6, loss=2.0), logged(7, loss=3.0), logged(8, test=0.9)])
+    made = maker.finish(7, begun=False)
+    assert table(made) == {"loss": [(6, 2.0), (7, 3.0)], "test": [(7, 0.9)]}
+
+
 def test_each_bad_name_and_value_is_said_once() -> None:
     maker = RowMaker(attempt=1)
     for step in range(1, 4):

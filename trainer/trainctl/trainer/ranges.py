@@ -23,6 +23,11 @@ class DataRanges:
             self._first = index
         self._last = index
 
+    @property
+    def begun(self) -> bool:
+        """Whether the loop was handed a micro-batch since the last completed step."""
+        return self._first is not None
+
     def close(self, step: int) -> Range | None:
         """A step was completed: the range that belongs to it, or None when it was made of no batch of ours."""
         if self._first is None:

@@ -72,6 +72,16 @@ class RowMaker:
         done.extend(self._close(self._completed))
         return made + self._columns(done)
 
+    def finish(self, completed: int, *, begun: bool) -> list[Rows]:
+        """Training ended behind step `completed`: the rows that still wait for a mark which will never come.
+
+        What was logged behind that step belongs to it, as a test after the loop does; where the next one was `begun`,
+        to that one, as the loss that ended a run does.
+        """
+        for step in sorted(number for number in self._open if number > completed and not begun):
+            self._row(completed, self._open_times.pop(step)).update(self._open.pop(step))
+        return self._columns(self._close(completed + begun))
+
     def _row(self, step: int, at: float) -> dict[str, float]:
         self._open_times.setdefault(step, at)
         return self._open.setdefault(step, {})

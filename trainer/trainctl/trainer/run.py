@@ -228,7 +228,11 @@ class Run:
         return self._core.phases.get(name)
 
     def log(self, **values: Any) -> None:
-        """Log numbers of the step in progress: floats, ints, or tensors with one element, which cause no sync."""
+        """Log numbers of the step in progress: floats, ints, or tensors with one element, which cause no sync.
+
+        What is logged after the last `step_done()`, such as a test's result, belongs to the last completed step; where
+        `batches()` gave a batch since, to the step that this began and that never ended, as the loss that stopped it.
+        """
         # On the rank that publishes, `floats_first` stands before this.
         self._log(values)
 
@@ -323,7 +327,8 @@ class Run:
     def close(self, *, failed: str | None = None) -> None:
         """End this rank's part: running saves are completed, what is left is sent. Called again it does nothing.
 
-        A hub that is frozen or gone holds this up for 3 s, one that is only starting for 10 s at most.
+        A hub that is frozen or gone holds this up for 3 s, one that is only starting for 10 s at most; so does a device
+        that has not computed what was logged: after 3 s in which no value came, those that miss are counted and told.
         """
         if self._closed or os.getpid() != self._pid:
             return
@@ -350,8 +355,8 @@ class Run:
                 self._parts.place_file.unlink(missing_ok=True)
         if core.boundary.completed == core.first_step and core.publishes and not failed:
             log.warning(
-                "trainctl: the script never called run.step_done(): nothing was shown, and no command could take "
-                "effect. Call it once after each optimizer step"
+                "trainctl: the script never called run.step_done(): of each metric only the last value is kept, and no "
+                "command could take effect. Call it once after each optimizer step"
             )
 
     def __enter__(self) -> Self:
