@@ -54,6 +54,7 @@ _STATE_S = 0.5
 _RESUME_AGAIN_S = 5.0
 _BATCH = 20_000
 _RANKS_A_RECORD = 200  # so that a record fits a packet of the link, whatever the world size
+_LEAVE_S = 5.0  # for the exchange between the ranks and the deletions, before and beside that
 _NO_STEP_S = 30.0
 _DELETED_S = 2.0
 
@@ -107,8 +108,7 @@ class Sender(threading.Thread):
         still takes what is left."""
         self._bye = bye
         self._closing.set()
-        self._exchange.close()
-        self.join(LIMIT_S + 2.0)
+        self.join(LIMIT_S + _LEAVE_S)
 
     def abandon(self) -> None:
         """In a forked child: let go of the link, which belongs to the parent."""
@@ -125,6 +125,8 @@ class Sender(threading.Thread):
                     wait_readable(self._link, TICK_S)
                 else:
                     self._closing.wait(TICK_S)
+            self._exchange.close(self._phases_s)
+            self._tell_everybody(time.monotonic())
             self._goodbye()
         except Exception:
             log.exception("trainctl: telemetry stopped, training goes on")
@@ -179,7 +181,6 @@ class Sender(threading.Thread):
                 self._record_events(now)
                 entries = []
                 self._pace.rewind()
-                self._exchange.ranges.rewound(entry.step)
                 core.last_metrics.clear()
                 core.last_metrics.update(entry.metrics)
             elif isinstance(entry, StepMark):
@@ -272,6 +273,9 @@ class Sender(threading.Thread):
                 self._link.record(Ranks(incarnation=ranks.incarnation, ranks=part), now)
             for rows in self._exchange.differing_ranges():
                 self._link.record(rows, now)
+            for gap in self._exchange.ranges.gaps:
+                self._core.complain("data", str(gap), severity="info")
+            self._exchange.ranges.gaps.clear()
             if self._exchange.ranges.passed_over:
                 text = (
                     f"more than {RANKS_TOLD} ranks read other data than rank 0: those of further ranks are not recorded"
