@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import msgspec
+import numpy as np
 
 from trainctl.trainer.ranges import KEPT_STEPS, Range
-from trainctl.trainer.rows import column
+from trainctl.trainer.rows import columns
 from trainctl.wire.messages import RankFigures, Rows
 
 RUNS_A_REPORT = 100
@@ -176,10 +177,9 @@ class RankRanges:
             incarnation=self._incarnation,
             steps=[step for step, _ in differing],
             times=[now] * len(differing),
-            columns=[
-                column(f"data_first.{rank}", [float(made_of[0]) for _, made_of in differing]),
-                column(f"data_last.{rank}", [float(made_of[1]) for _, made_of in differing]),
-            ],
+            columns=columns(
+                (f"data_first.{rank}", f"data_last.{rank}"), np.array([made_of for _, made_of in differing], "<f8").T
+            ),
         )
 
 
