@@ -182,8 +182,12 @@ class Steps(Protocol):
     row_step: int
 
 
-def floats_first(buffer: RowBuffer, steps: Steps, other: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
+def floats_first(
+    buffer: RowBuffer, steps: Steps, other: Callable[[dict[str, Any]], None]
+) -> tuple[Callable[..., None], Callable[[], None]]:
     """`Run.log` for the common case, a few plain floats and room for them; `other` takes every other call.
+
+    And what ends it: from then on `other` takes every call, also of a script that keeps `log = run.log`.
 
     A function over cells, and no method: each look-up of an attribute is a twentieth of what a call costs.
     """
@@ -203,7 +207,11 @@ def floats_first(buffer: RowBuffer, steps: Steps, other: Callable[[dict[str, Any
         else:
             other(values)
 
-    return log
+    def end() -> None:
+        nonlocal capacity
+        capacity = 0
+
+    return log, end
 
 
 def _settled(value: torch.Tensor) -> float | torch.Tensor | NotANumber:
