@@ -13,7 +13,7 @@ import msgspec
 
 from trainctl.trainer.control import Control
 from trainctl.trainer.core import Core
-from trainctl.trainer.figures import figures_of
+from trainctl.trainer.figures import figures_of, lost_here
 from trainctl.trainer.meeting import Connection, StoreSilent
 from trainctl.trainer.rank_ranges import RankRanges, Recently, Report, decode_report, encode_report, report_of
 from trainctl.wire.messages import Ranks, Rows, SourceAddress
@@ -46,6 +46,7 @@ class Exchange(threading.Thread):
         self._mine: Report | None = None
         self._found: list[Report] | None = None  # of all ranks, since the sender looked last
         self._reports: list[Report] = []
+        self._lost: dict[int, int] = {}
         self._recently = Recently()
         self.ranges = RankRanges(core.identity.attempt)
         self._asked_at: float | None = None
@@ -60,7 +61,8 @@ class Exchange(threading.Thread):
         figures = figures_of(self._core, phases_s, max(0, step - self._last_step), steps_s - self._last_steps_s)
         incarnation = self._core.incarnation  # before the ranges: a rollback sets it after them
         since = self._recently.since(incarnation, self._core.ranges.began)
-        self._mine = report_of(figures, incarnation, self._core.ranges.since(since), since, last=last)
+        lost = sum(lost_here(self._core).values())
+        self._mine = report_of(figures, incarnation, self._core.ranges.since(since), since, last=last, lost=lost)
         self._last_step, self._last_steps_s = step, steps_s
         self._due.set()
 
@@ -70,7 +72,13 @@ class Exchange(threading.Thread):
         if found is None:
             return None
         self._reports = found
+        self._lost |= {report.figures.rank: report.lost for report in found if report.figures.rank != 0}
         return Ranks(incarnation=self._core.incarnation, ranks=[report.figures for report in found])
+
+    @property
+    def lost_elsewhere(self) -> int:
+        """How many values the other ranks could not keep, as far as they said."""
+        return sum(self._lost.values())
 
     def differing_ranges(self) -> list[Rows]:
         """Of what `everybody` just gave: where another rank's data are other batches than rank 0's."""

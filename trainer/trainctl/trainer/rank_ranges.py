@@ -36,13 +36,15 @@ class Run(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Report(msgspec.Struct, frozen=True, array_like=True):
-    """What a rank tells once a second. `since`: the first step that it would tell of; `last`: no more will come."""
+    """What a rank tells once a second. `since`: the first step that it would tell of; `last`: no more will come;
+    `lost`: values that it could not keep since the attempt began."""
 
     figures: RankFigures
     incarnation: int
     runs: list[Run]
     since: int
     last: bool = False
+    lost: int = 0
 
 
 encode_report = msgspec.msgpack.Encoder().encode
@@ -50,7 +52,13 @@ decode_report = msgspec.msgpack.Decoder(Report).decode
 
 
 def report_of(
-    figures: RankFigures, incarnation: int, ranges: Sequence[tuple[int, Range]], since: int, *, last: bool = False
+    figures: RankFigures,
+    incarnation: int,
+    ranges: Sequence[tuple[int, Range]],
+    since: int,
+    *,
+    last: bool = False,
+    lost: int = 0,
 ) -> Report:
     """The report of a rank's ranges of the steps from `since` on; the newest of them, where they are too many."""
     runs = in_runs(ranges)
@@ -59,7 +67,7 @@ def report_of(
         since = runs[0].step
     elif len(ranges) >= KEPT_STEPS:
         since = max(since, runs[0].step)
-    return Report(figures, incarnation, runs, since, last)
+    return Report(figures, incarnation, runs, since, last, lost)
 
 
 def in_runs(ranges: Sequence[tuple[int, Range]]) -> list[Run]:

@@ -16,7 +16,7 @@ from trainctl.trainer.core import Core, RunningSave
 from trainctl.trainer.device import let_captures_be
 from trainctl.trainer.drops import DropWatch
 from trainctl.trainer.exchange import Exchange
-from trainctl.trainer.figures import Pace, run_state
+from trainctl.trainer.figures import Pace, lost_here, run_state
 from trainctl.trainer.leader import Leader
 from trainctl.trainer.link import Link, wait_readable
 from trainctl.trainer.outcomes import update_of
@@ -222,12 +222,9 @@ class Sender(threading.Thread):
 
     def _dropped(self) -> dict[str, int]:
         """Lost telemetry by reason, since this attempt began."""
-        buffer, link = self._core.buffer, self._link
-        return {
-            "buffer": buffer.refused,
-            "buffer-memory": buffer.refused_wide,
-            "device": buffer.not_copied + buffer.not_read,
-            "phase": self._core.phases.lost,
+        link = self._link
+        return lost_here(self._core) | {
+            "ranks": self._exchange.lost_elsewhere,
             "value": self._rows.refused_values,
             "names": self._rows.refused_names,
             "link": link.lost - link.crowded if link is not None else 0,
