@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from jobs import Job, job, trainctl, trainctl_json
+from trainctl.store.replay import load_record
 from trainctl.wire.cards import read_cards
 from trainctl.wire.paths import link_socket
 from waiting import until
@@ -85,6 +86,14 @@ def test_the_data_of_a_rank_that_reads_others_than_rank_0_are_in_the_history(tmp
         steps = [point[0] for point in first]
         assert steps == list(range(1, steps[-1] + 1)), "every step once"
         assert [point[2] for point in first] == [3.0 * (step - 1) for step in steps]
+
+
+def test_what_a_rank_read_in_the_last_second_is_in_the_history_too(tmp_path: Path) -> None:
+    with job("telemetry.py", 2, tmp_path, ["--steps", "30", "--sleep", "0.005", "--uneven"]) as running:
+        assert running.wait(90) == 0, running.log()
+        record = load_record(running.directory)
+        assert [int(step) for step in record.metrics.query("data_first.1")["step"]] == list(range(1, 31))
+        assert {rank.step for rank in record.ranks.values()} == {30}
 
 
 def test_bad_values_are_said_once_by_name_and_stop_nothing(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """What a rank counts: NaN and infinities, clipped steps, lost telemetry, the data of each step, FLOPs."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -279,3 +282,50 @@ class TestFlops:
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
         assert number_format(torch.float64) is None
+
+    @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has the older setting alone")
+    def test_float32_is_tf32_also_where_a_newer_setting_says_so_and_reading_the_older_one_raises(self) -> None:
+        script = """
+import torch
+from trainctl.trainer.flops import FlopMeter
+
+torch.backends.cuda.matmul.fp32_precision = "tf32"
+try:
+    print("older", torch.backends.cuda.matmul.allow_tf32)
+except RuntimeError:
+    print("older raises")
+told = []
+meter = FlopMeter(
+    per_step=None, peak=None, device="NVIDIA A100-SXM4-80GB", dtype=torch.float32, complain=told.append
+)
+with meter:
+    torch.ones(8, 8) @ torch.ones(8, 8)
+print(meter.step(1.0) * 156e12, told)
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+meter = FlopMeter(
+    per_step=None, peak=None, device="NVIDIA A100-SXM4-80GB", dtype=torch.float32, complain=told.append
+)
+with meter:
+    torch.ones(8, 8) @ torch.ones(8, 8)
+print(meter.step(1.0) * 19.5e12, told)
+"""
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+        assert done.stdout.splitlines()[1:] == ["1024.0 []", "1024.0 []"], done.stdout + done.stderr
+
+    def test_whatever_fails_when_a_micro_batch_was_counted_costs_the_mfu_and_not_the_step(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from trainctl.trainer import flops
+
+        def failing(_dtype: torch.dtype) -> str:
+            raise RuntimeError("mix of settings")
+
+        monkeypatch.setattr(flops, "number_format", failing)
+        model, inputs = network()
+        told: list[str] = []
+        measured = meter(told, device="NVIDIA A100-SXM4-80GB")
+        with measured:
+            model(inputs).sum().backward()
+        assert measured.step(1.0) is None
+        (text,) = told
+        assert "RuntimeError: mix of settings" in text

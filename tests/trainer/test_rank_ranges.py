@@ -5,13 +5,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainctl.trainer.ranges import DataRanges, Range
-from trainctl.trainer.rank_ranges import RANKS_TOLD, RankRanges, Recently, Report, decode_report, encode_report, in_runs
+from trainctl.trainer.rank_ranges import (
+    RANKS_TOLD,
+    RUNS_A_REPORT,
+    RankRanges,
+    Recently,
+    Report,
+    decode_report,
+    encode_report,
+    in_runs,
+    report_of,
+)
 from trainctl.wire.messages import RankFigures, Rows
 
 
-def report(rank: int, ranges: list[tuple[int, Range]], incarnation: int = 1) -> Report:
-    figures = RankFigures(rank=rank, node="n", pid=1, state="running", step=0, time=0.0)
-    return decode_report(encode_report(Report(figures, incarnation, in_runs(ranges))))
+def report(
+    rank: int, ranges: list[tuple[int, Range]], incarnation: int = 1, *, since: int = 1, step: int = 0
+) -> Report:
+    figures = RankFigures(rank=rank, node="n", pid=1, state="running", step=step, time=0.0)
+    return decode_report(encode_report(report_of(figures, incarnation, ranges, since)))
 
 
 def table(made: list[Rows]) -> dict[str, dict[int, float]]:
@@ -45,11 +57,12 @@ def test_what_differs_is_told_once_and_what_rank_0_has_not_reached_waits() -> No
 def test_after_a_rollback_only_the_new_branchs_steps_are_told() -> None:
     ranges = RankRanges(attempt=1)
     ranges.observe([report(1, even(1, 20, batches=3))], even(1, 20), 1)
-    ranges.rewound(10)
-    assert ranges.observe([report(1, even(1, 20, batches=3))], even(1, 12), 2) == [], "a report of the old branch"
-    found = ranges.observe([report(1, even(1, 12, batches=3), 2)], even(1, 12), 2)
+    old = report(1, even(1, 20, batches=3))
+    assert ranges.observe([old], even(1, 12), 2, began=10) == [], "a report of the old branch"
+    found = ranges.observe([report(1, even(1, 12, batches=3), 2, since=11)], even(1, 12), 2, began=10)
     assert [rows.incarnation for rows in found] == [2]
     assert table(found)["data_first.1"].keys() == {11, 12}
+    assert ranges.gaps == []
 
 
 def test_the_number_of_ranks_that_are_told_of_is_bounded() -> None:
@@ -59,14 +72,53 @@ def test_the_number_of_ranks_that_are_told_of_is_bounded() -> None:
     assert ranges.passed_over == 9, "rank 0 is not among them"
 
 
-@given(st.lists(st.tuples(st.integers(1, 4), st.booleans()), min_size=1, max_size=200))
-def test_whatever_reports_are_missed_every_step_is_told_once_if_no_ten_in_a_row_are(
-    moves: list[tuple[int, bool]],
+def test_a_branch_is_reported_from_its_first_step_on_however_many_steps_it_has_by_then() -> None:
+    recently = Recently()
+    assert recently.since(1, 0) == 1
+    for step in range(100, 2000, 100):
+        recently.sent(1, step)
+    assert recently.since(2, 50) == 51, "no report of the branch that was left is near"
+    recently.sent(1, 2000)
+    assert recently.since(2, 50) == 51, "and one of that branch that comes into the store late counts for nothing"
+
+
+def test_what_rank_0_missed_is_told_and_the_first_step_behind_it_is_logged_though_it_is_as_rank_0s() -> None:
+    ranges = RankRanges(attempt=1)
+    assert ranges.observe([report(rank, even(1, 100)) for rank in (1, 2)], even(1, 100), 1) == []
+    late = [report(rank, even(161, 200), since=161) for rank in (1, 2)]
+    found = table(ranges.observe(late, even(1, 200), 1))
+    assert found["data_first.1"] == found["data_first.2"] == {161: 320.0}
+    (gap,) = ranges.gaps
+    assert (gap.first, gap.last, gap.ranks) == (101, 160, [1, 2])
+    assert str(gap).startswith("which data ranks 1, 2 made steps 101 to 160 of is not recorded")
+    assert ranges.observe(late, even(1, 200), 1) == []
+    assert len(ranges.gaps) == 1, "told once"
+
+
+def test_what_is_too_much_for_a_report_is_a_gap_and_steps_of_no_batch_are_none() -> None:
+    ranges = RankRanges(attempt=1)
+    ragged = [(step, (10 * step, 10 * step)) for step in range(1, 3 * RUNS_A_REPORT + 1)]
+    ranges.observe([report(1, ragged)], even(1, 1000), 1)
+    (gap,) = ranges.gaps
+    assert (gap.first, gap.last) == (1, 2 * RUNS_A_REPORT)
+    idle = RankRanges(attempt=1)
+    idle.observe([report(1, [*even(1, 5), *even(50, 60)])], even(1, 60), 1)
+    for step in range(70, 100, 10):
+        idle.observe([report(1, [], since=step - 10, step=step)], even(1, 100), 1)
+    idle.observe([report(1, even(95, 100), since=90, step=100)], even(1, 100), 1)
+    assert idle.gaps == []
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.sampled_from(["seen", "not seen", "not sent"])), min_size=1, max_size=200)
+)
+def test_whatever_reports_are_missed_every_step_is_told_once_or_is_in_a_gap_that_is(
+    moves: list[tuple[int, str]],
 ) -> None:
     mine, own, recently, told = DataRanges(), DataRanges(), Recently(), RankRanges(attempt=1)
-    step = missed = index = 0
+    step = index = not_seen = longest = 0
     seen: list[tuple[int, float]] = []
-    for batches, reads in [*moves, (1, True)]:
+    for batches, fate in [*moves, (1, "seen")]:
         step += 1
         for _ in range(batches):
             mine.took(index)
@@ -74,10 +126,16 @@ def test_whatever_reports_are_missed_every_step_is_told_once_if_no_ten_in_a_row_
         mine.close(step)
         own.took(10_000 + step)
         own.close(step)
-        sent = report(1, mine.since(recently.since(step)))
-        missed = 0 if reads or missed == 8 else missed + 1
-        if missed == 0:
-            for rows in told.observe([sent], own.since(1), 1):
+        since = recently.since(1, 0)
+        report_now = report(1, mine.since(since), since=since, step=step)
+        if fate != "not sent":
+            recently.sent(1, step)
+            not_seen = 0 if fate == "seen" else not_seen + 1
+            longest = max(longest, not_seen)
+        if fate == "seen":
+            for rows in told.observe([report_now], own.since(1), 1):
                 seen += table([rows])["data_first.1"].items()
-    expected = [mine.of(number) for number in range(1, step + 1)]
-    assert seen == [(number, float(made_of[0])) for number, made_of in enumerate(expected, 1) if made_of]
+    ranges = {number: mine.of(number) for number in range(1, step + 1)}
+    lacking = {number for gap in told.gaps for number in range(gap.first, gap.last + 1)}
+    assert seen == [(n, float(made_of[0])) for n, made_of in ranges.items() if made_of and n not in lacking]
+    assert longest >= 9 or not lacking, "nine reports may be missed in a row, and any number not sent"

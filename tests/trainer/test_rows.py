@@ -1,12 +1,16 @@
 """From `log()` calls to rows: what belongs to a step is one row, and what is no number costs nothing but itself."""
 
+import sys
+from collections.abc import Iterator
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trainctl.trainer.buffer import Entry, NotANumber, Rewind, StepMark
 from trainctl.trainer.names import NAMES_LIMIT
-from trainctl.trainer.rows import RowMaker
+from trainctl.trainer.rows import RowMaker, columns
+from trainctl.trainer.tally import Tally
 from trainctl.wire import codec
 from trainctl.wire.messages import LinkRecord, Rows
 
@@ -60,6 +64,24 @@ def test_a_rollback_ends_the_rows_of_its_branch_and_drops_the_step_in_progress()
         [logged(5, loss=1.0), mark(5), logged(6, loss=9.0), Rewind(3, 2, {}), logged(4, loss=2.0), mark(4)]
     )
     assert [(rows.incarnation, rows.steps) for rows in made] == [(1, [5]), (2, [4])]
+
+
+def test_what_was_logged_behind_the_last_step_belongs_to_it_and_in_a_step_that_was_begun_to_that() -> None:
+    maker = RowMaker(attempt=1)
+    maker.feed([logged(5, loss=1.0), mark(5), logged(6, test=0.9)])
+    (rows,) = maker.finish(5, begun=False)
+    assert table([rows]) == {"test": [(5, 0.9)]}
+    assert maker.finish(5, begun=False) == []
+    maker.feed([logged(6, loss=float("inf"))])
+    (rows,) = maker.finish(5, begun=True)
+    assert table([rows]) == {"loss": [(6, float("inf"))]}
+
+
+def test_a_step_whose_mark_was_refused_keeps_its_number_at_the_end() -> None:
+    maker = RowMaker(attempt=1)
+    maker.feed([logged(5, loss=1.0), mark(5), logged(6, loss=2.0), logged(7, loss=3.0), logged(8, test=0.9)])
+    made = maker.finish(7, begun=False)
+    assert table(made) == {"loss": [(6, 2.0), (7, 3.0)], "test": [(7, 0.9)]}
 
 
 def test_each_bad_name_and_value_is_said_once() -> None:
@@ -144,6 +166,58 @@ def test_names_without_end_are_bounded_and_said_once() -> None:
     assert maker.refused_names == 10_000 - NAMES_LIMIT
     assert len(maker.newest) == NAMES_LIMIT
     assert len(maker._names.shown) == NAMES_LIMIT
+
+
+def test_of_a_name_beyond_the_limit_no_more_is_looked_at_than_that_it_is_beyond_it() -> None:
+    class Read(str):
+        __slots__ = ()
+        read = 0
+
+        def __iter__(self) -> Iterator[str]:
+            Read.read += 1
+            return super().__iter__()
+
+    maker = RowMaker(attempt=1)
+    maker.feed([logged(1, **{f"metric_{number}": 1.0 for number in range(NAMES_LIMIT)}), mark(1)])
+    for step in range(2, 5):
+        maker.feed([(step, {Read(f"sample_{step}_{number}"): 1.0 for number in range(100)}, ()), mark(step)])
+    assert maker.refused_names == 300
+    assert Read.read == 1, "the first, which is told"
+
+
+def test_a_wide_row_costs_few_calls_a_value() -> None:
+    maker, tally, calls = RowMaker(attempt=1), Tally(), 0
+    values = {f"layer{number}/grad_norm": 1.0 + number / 3 for number in range(1000)}
+    maker.feed([logged(1, **values), mark(1)])
+
+    def count(_frame: object, event: str, _argument: object) -> None:
+        nonlocal calls
+        calls += event in {"call", "c_call"}
+
+    sys.setprofile(count)
+    try:
+        for rows in maker.feed([logged(2, **values), mark(2)]):
+            tally.observe(rows, None)
+    finally:
+        sys.setprofile(None)
+    assert calls < 6 * len(values), "each of them keeps the interpreter from the training thread"
+
+
+NUMBERS = st.one_of(st.floats(), st.floats(width=32), st.sampled_from([0.1, 2.0**24 + 1, 1e300, -0.0]))
+
+
+@given(st.lists(st.lists(NUMBERS, min_size=3, max_size=3), min_size=1, max_size=5))
+def test_every_bit_of_a_value_is_kept_and_float32_where_that_does(table: list[list[float]]) -> None:
+    wide = np.array(table, "<f8")
+    made = columns([str(number) for number in range(len(table))], wide)
+    for values, column in zip(wide, made, strict=True):
+        back = np.frombuffer(column.data, f"<{column.dtype}").astype("<f8")
+        numbers = ~np.isnan(values)
+        assert (np.isnan(back) == np.isnan(values)).all()
+        assert back[numbers].tobytes() == values[numbers].tobytes()
+        with np.errstate(over="ignore"):
+            narrow = values.astype("<f4").astype("<f8")
+        assert column.dtype == ("f4" if np.array_equal(narrow, values, equal_nan=True) else "f8")
 
 
 @given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 120))

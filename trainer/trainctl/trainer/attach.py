@@ -133,7 +133,9 @@ def start(script: Script) -> Parts:
     if identity.problem is None and alone_or_grouped and (script.models or script.optimizers or script.files):
         core.checkpointer = _checkpointer(script, core, group, tracked)
     with sockets.opening():
-        connections, agreement_problem = _connections(place.world_size, group, identity, secret, leads=place.leads)
+        connections, agreement_problem = _connections(
+            place.world_size, group, identity, secret, sockets, leads=place.leads
+        )
     core.capabilities = capabilities(script, core, agreement_problem)
     parts = _threads(script, core, connections, tracked)
     parts.group, parts.sockets = group, sockets
@@ -217,11 +219,13 @@ class Connections:
 
 
 def _connections(
-    world_size: int, group: Any, identity: RunIdentity, secret: bytes, *, leads: bool
+    world_size: int, group: Any, identity: RunIdentity, secret: bytes, sockets: OwnSockets, *, leads: bool
 ) -> tuple[Connections | None, str | None]:
     if world_size > 1 and group is None:
         return None, "there is no process group: call torch.distributed.init_process_group before Run.attach"
-    meeting = Meeting(world_size=world_size, run_id=identity.id, attempt=identity.attempt, secret=secret)
+    meeting = Meeting(
+        world_size=world_size, run_id=identity.id, attempt=identity.attempt, secret=secret, sockets=sockets
+    )
     problem, made = None, None
     try:
         made = Connections(

@@ -73,6 +73,7 @@ class RowBuffer:
         self.refused_wide = 0  # calls that would have made what waits take too much memory
         self.not_copied = 0  # device scalars for which there was no slot
         self.not_read = 0  # device scalars that the device failed to bring
+        self.waits_for_devices = True  # else what has not come is given up, for training has ended
         self._pools = pools or Pools()
 
     def log(self, step: int, values: dict[str, Any]) -> None:
@@ -116,7 +117,10 @@ class RowBuffer:
         _, values, arrivals = entry
         try:
             if not all(arrival.ready() for arrival in arrivals):
-                return False
+                if self.waits_for_devices:
+                    return False
+                self.not_read += sum(arrival.lose(values) for arrival in arrivals)
+                return True
         except RuntimeError:  # the device failed: the script hears of it, and what is behind this goes on
             self.not_read += sum(arrival.lose(values) for arrival in arrivals)
             return True
@@ -178,15 +182,22 @@ class Steps(Protocol):
     row_step: int
 
 
-def floats_first(buffer: RowBuffer, steps: Steps, other: Callable[[dict[str, Any]], None]) -> Callable[..., None]:
+def floats_first(
+    buffer: RowBuffer, steps: Steps, other: Callable[[dict[str, Any]], None]
+) -> tuple[Callable[..., None], Callable[[], None]]:
     """`Run.log` for the common case, a few plain floats and room for them; `other` takes every other call.
+
+    And what ends it: from then on `other` takes every call, also of a script that keeps `log = run.log`.
 
     A function over cells, and no method: each look-up of an attribute is a twentieth of what a call costs.
     """
     entries, append, capacity = buffer.entries, buffer.entries.append, buffer.capacity
 
     def log(**values: Any) -> None:
-        """Log numbers of the step in progress: floats, ints, or tensors with one element, which cause no sync."""
+        """Log numbers of the step in progress: floats, ints, or tensors with one element, which cause no sync.
+
+        After the last `step_done()` they belong to the last completed step, or to one that `batches()` began since.
+        """
         for value in values.values():
             if type(value) is not float:
                 other(values)
@@ -196,7 +207,11 @@ def floats_first(buffer: RowBuffer, steps: Steps, other: Callable[[dict[str, Any
         else:
             other(values)
 
-    return log
+    def end() -> None:
+        nonlocal capacity
+        capacity = 0
+
+    return log, end
 
 
 def _settled(value: torch.Tensor) -> float | torch.Tensor | NotANumber:

@@ -8,6 +8,7 @@ has no call to close them, so they are found by comparing the process's descript
 
 import contextlib
 import os
+import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,13 +21,19 @@ class OwnSockets:
         self._own: dict[int, int] = {}
 
     @contextlib.contextmanager
-    def opening(self) -> Iterator[None]:
-        """What opens in here is ours. Keep it short: a socket that another thread opens meanwhile counts, too."""
+    def opening(self, *, to_port: int | None = None) -> Iterator[None]:
+        """What opens in here is ours. Keep it short: a socket that another thread opens meanwhile counts, too.
+
+        While training runs, other threads do; give the port that ours is connected `to_port`, and others stay theirs.
+        """
         before = _sockets()
         try:
             yield
         finally:
-            self._own |= {number: inode for number, inode in _sockets().items() if before.get(number) != inode}
+            opened = {number: inode for number, inode in _sockets().items() if before.get(number) != inode}
+            self._own |= {
+                number: inode for number, inode in opened.items() if to_port is None or _port_of_peer(number) == to_port
+            }
 
     def let_go(self) -> None:
         """In a forked child: close our sockets here, which leaves the parent's as they are."""
@@ -52,3 +59,10 @@ def _sockets() -> dict[int, int]:
                 if stat.S_ISSOCK(about.st_mode):
                     found[int(entry.name)] = about.st_ino
     return found
+
+
+def _port_of_peer(number: int) -> int | None:
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(number)) as same:
+        peer = same.getpeername()
+        return int(peer[1]) if isinstance(peer, tuple) else None  # no tuple: a path
+    return None

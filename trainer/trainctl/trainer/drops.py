@@ -14,6 +14,7 @@ _WORDS: dict[str, str] = {
     "size": "a row or an event is too large for a packet",
     "device": "the device lags too far behind, captured a graph, or failed",
     "phase": "the device lags too far behind its timers",
+    "ranks": "other ranks than 0 cannot keep their own losses and phases: a device lags too far behind, or failed",
 }
 
 

@@ -114,6 +114,17 @@ def figures_of(core: Core, phases_s: dict[str, float], steps: int, steps_s: floa
     )
 
 
+def lost_here(core: Core) -> dict[str, int]:
+    """What this rank itself could not keep of what was logged and timed, by reason, since this attempt began."""
+    buffer = core.buffer
+    return {
+        "buffer": buffer.refused,
+        "buffer-memory": buffer.refused_wide,
+        "device": buffer.not_copied + buffer.not_read,
+        "phase": core.phases.lost,
+    }
+
+
 def run_state(
     core: Core, pace: Pace, tally: Tally, *, since: float, step_time: float, dropped: dict[str, int]
 ) -> RunState:

@@ -112,7 +112,10 @@ class FlopMeter:
                 type(error).__name__,
             )
             return
-        self._finish(counting)
+        try:
+            self._finish(counting)
+        except Exception as error:  # noqa: BLE001 - what torch says of types and settings differs by version
+            self._complain(f"MFU is not shown: {type(error).__name__}: {error}. Give Run.attach(flops_per_step=…)")
 
     def _begin(self) -> None:
         if self._unable is not None:

@@ -15,6 +15,7 @@ from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore  
 from torch.distributed import DistNetworkError
 
 from trainctl.trainer.agreement import Seal
+from trainctl.trainer.descriptors import OwnSockets
 
 _FOREVER = dt.timedelta(days=3650)
 _CONNECT = dt.timedelta(seconds=30)
@@ -124,10 +125,14 @@ class Connection:
 class Meeting:
     """Makes connections. Raises `StoreSilent` where the job's store cannot be reached."""
 
-    def __init__(self, *, world_size: int, run_id: str, attempt: int, secret: bytes) -> None:
+    def __init__(
+        self, *, world_size: int, run_id: str, attempt: int, secret: bytes, sockets: OwnSockets | None = None
+    ) -> None:
+        """`sockets` hears of each connection that is made anew; those of `connect` are its caller's to note."""
         self._prefix = f"trainctl/{run_id}/{attempt}"
         self._seal = Seal(secret, attempt)
         self._local = HashStore() if world_size == 1 else None
+        self._sockets = sockets or OwnSockets()
 
     def connect(self) -> Connection:
         if self._local is not None:
@@ -136,7 +141,14 @@ class Meeting:
             store = _open(_CONNECT)
         except (KeyError, ValueError, RuntimeError) as error:
             raise StoreSilent(f"MASTER_ADDR and MASTER_PORT lead to no store: {error}") from None
-        return Connection(store, self._prefix, self._seal, reopen=_open_again)
+        return Connection(store, self._prefix, self._seal, reopen=self._open_again)
+
+    def _open_again(self) -> Store:
+        """Raises `OSError` at once where nobody listens: TCPStore itself would ask for seconds, and print of it."""
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection((host, port), timeout=_PROBE_S).close()
+        with self._sockets.opening(to_port=port):  # a worker that is forked later must let go of this one, too
+            return _open(_CONNECT)
 
 
 def _open(timeout: dt.timedelta) -> Store:
@@ -147,9 +159,3 @@ def _open(timeout: dt.timedelta) -> Store:
         wait_for_workers=False,
         timeout=timeout,
     )
-
-
-def _open_again() -> Store:
-    """Raises `OSError` at once where nobody listens: TCPStore itself would ask for seconds, and print of each try."""
-    socket.create_connection((os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timeout=_PROBE_S).close()
-    return _open(_CONNECT)

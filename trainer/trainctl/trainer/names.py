@@ -24,15 +24,15 @@ class Names:
 
     def admit(self, name: str) -> str | None:
         """The name under which a metric is shown, or None: there is nothing to show, or there are too many."""
-        shown = "".join(c for c in name if c.isprintable())[:NAME_LENGTH]
-        if len(self.shown) >= NAMES_LIMIT:
+        if len(self.shown) >= NAMES_LIMIT:  # asked first: such names come anew at every step, thousands of them
             if not self._over_limit:
                 self._over_limit = True
                 self.complaints.append(
-                    f"more than {NAMES_LIMIT} metric names: further ones, from {shown!r} on, are not recorded. "
-                    "Names should not contain the step or a sample's number"
+                    f"more than {NAMES_LIMIT} metric names: further ones, from {_printable(name)!r} on, are not "
+                    "recorded. Names should not contain the step or a sample's number"
                 )
             return None
+        shown = _printable(name)
         found = self.shown[name] = self._place(name, shown)
         if found is not None and found.rpartition("/")[2] in _COUNTERS:
             self.counters.add(found)
@@ -77,3 +77,7 @@ class Names:
             f"metric {name[: 2 * NAME_LENGTH]!r} is left out: without what cannot be shown it is {shown!r}, and so is "
             f"{holder[: 2 * NAME_LENGTH]!r}. Give it a name of its own, of up to {NAME_LENGTH} printable characters",
         )
+
+
+def _printable(name: str) -> str:
+    return "".join(c for c in name if c.isprintable())[:NAME_LENGTH]

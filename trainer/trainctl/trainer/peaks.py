@@ -11,7 +11,7 @@ Sources, dense figures (where a sheet gives only "with sparsity", half of it), w
 """
 
 import re
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -61,7 +61,16 @@ def peak_flops(device_name: str, number_format: str) -> float | None:
 def number_format(dtype: torch.dtype) -> str | None:
     """The format in which a device multiplies matrices of a type; None for one that the table does not have."""
     if dtype is torch.float32:
-        return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "fp32"
+        return "tf32" if _multiplies_in_tf32() else "fp32"
     if dtype in {torch.float8_e4m3fn, torch.float8_e5m2}:
         return "fp8"
     return {torch.bfloat16: "bf16", torch.float16: "fp16"}.get(dtype)
+
+
+def _multiplies_in_tf32() -> bool:
+    """Whether the script lets float32 matrices be multiplied in TF32, by whichever of torch's settings."""
+    matmul: Any = torch.backends.cuda.matmul
+    try:
+        return bool(matmul.fp32_precision == "tf32")  # it follows the older setting, and the one for all back ends
+    except AttributeError:  # torch before 2.9; where this one exists, reading the older one may raise RuntimeError
+        return bool(matmul.allow_tf32)

@@ -16,12 +16,18 @@ class DataRanges:
         self._kept: deque[tuple[int, Range]] = deque(maxlen=keep)
         self._first: int | None = None
         self._last = 0
+        self.began = 0  # the step behind which this branch's own steps come
 
     def took(self, index: int) -> None:
         """The loop was handed a micro-batch."""
         if self._first is None:
             self._first = index
         self._last = index
+
+    @property
+    def begun(self) -> bool:
+        """Whether the loop was handed a micro-batch since the last completed step."""
+        return self._first is not None
 
     def close(self, step: int) -> Range | None:
         """A step was completed: the range that belongs to it, or None when it was made of no batch of ours."""
@@ -50,5 +56,6 @@ class DataRanges:
     def rewind(self, step: int) -> None:
         """The run went back to `step`: what came after it belongs to another branch."""
         self._first = None
+        self.began = step
         while self._kept and self._kept[-1][0] > step:
             self._kept.pop()

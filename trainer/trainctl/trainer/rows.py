@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from trainctl.trainer.buffer import Entry, NotANumber, Rewind, StepMark
 from trainctl.trainer.names import Names
@@ -17,6 +18,7 @@ _ROWS_BYTES = 64 * 1024
 _COLUMN_BYTES = 40
 
 _Row: TypeAlias = tuple[int, float, dict[str, float]]
+FloatArray: TypeAlias = NDArray[np.float64]
 
 
 class RowMaker:
@@ -71,6 +73,16 @@ class RowMaker:
         # What was logged at a boundary after its step was completed (an evaluation) waits for no further mark.
         done.extend(self._close(self._completed))
         return made + self._columns(done)
+
+    def finish(self, completed: int, *, begun: bool) -> list[Rows]:
+        """Training ended behind step `completed`: the rows that still wait for a mark which will never come.
+
+        What was logged behind that step belongs to it, as a test after the loop does; where the next one was `begun`,
+        to that one, as the loss that ended a run does.
+        """
+        for step in sorted(number for number in self._open if number > completed and not begun):
+            self._row(completed, self._open_times.pop(step)).update(self._open.pop(step))
+        return self._columns(self._close(completed + begun))
 
     def _row(self, step: int, at: float) -> dict[str, float]:
         self._open_times.setdefault(step, at)
@@ -145,41 +157,54 @@ class RowMaker:
             limit = max(1, _ROWS_BYTES // (8 * max(1, len(names))))
             while end < len(rows) and tuple(rows[end][2]) == names and end - start < limit:
                 end += 1
-            block = rows[start:end]
-            made.extend(self._rows(block, part) for part in _parts(names, len(block)))
+            made.extend(self._rows(rows[start:end], names))
             start = end
         return made
 
-    def _rows(self, block: Sequence[_Row], names: Sequence[str]) -> Rows:
-        return Rows(
-            attempt=self._attempt,
-            incarnation=self._incarnation,
-            steps=[step for step, _, _ in block],
-            times=[at for _, at, _ in block],
-            columns=[column(name, [row[name] for _, _, row in block]) for name in names],
-        )
+    def _rows(self, block: Sequence[_Row], names: Sequence[str]) -> list[Rows]:
+        steps, times = [step for step, _, _ in block], [at for _, at, _ in block]
+        values = columns(names, np.array([list(row.values()) for _, _, row in block], dtype="<f8").T)
+        return [
+            Rows(
+                attempt=self._attempt,
+                incarnation=self._incarnation,
+                steps=steps,
+                times=times,
+                columns=values[first:end],
+            )
+            for first, end in _parts(names, len(block))
+        ]
 
 
-def _parts(names: Sequence[str], rows: int) -> list[Sequence[str]]:
-    """The names in as many parts as packets need; nearly always one."""
-    parts: list[Sequence[str]] = []
+def _parts(names: Sequence[str], rows: int) -> list[tuple[int, int]]:
+    """The names, by their numbers, in as many parts as packets need; nearly always one."""
+    parts: list[tuple[int, int]] = []
     first, size = 0, 0
     for number, name in enumerate(names):
         needed = len(name.encode()) + _COLUMN_BYTES + 8 * rows
         if size + needed > 1.5 * _ROWS_BYTES and number > first:
-            parts.append(names[first:number])
+            parts.append((first, number))
             first, size = number, 0
         size += needed
-    return [*parts, names[first:]]
+    return [*parts, (first, len(names))]
 
 
-def column(name: str, values: list[float]) -> Column:
-    """One metric's values, as float32 where that keeps every bit (what came from a float32 tensor), else float64."""
-    wide = np.asarray(values, dtype="<f8")
+def columns(names: Sequence[str], wide: FloatArray) -> list[Column]:
+    """Metrics' values, `wide[k]` being those of name k, each as float32 where that keeps every bit of them (what came
+    from a float32 tensor), else as float64.
+
+    All in one: by column the same costs 10 µs of the interpreter's lock each.
+    """
     with np.errstate(over="ignore"):
         narrow = wide.astype("<f4")
-    exact = bool(np.array_equal(narrow.astype("<f8"), wide, equal_nan=True))
-    return Column(name=name, dtype="f4" if exact else "f8", data=(narrow if exact else wide).tobytes())
+    exact = ((narrow == wide) | np.isnan(wide)).all(axis=1).tolist()
+    as_f4, as_f8, rows = narrow.tobytes(), wide.tobytes(), wide.shape[1]
+    return [
+        Column(name=name, dtype="f4", data=as_f4[4 * rows * number : 4 * rows * (number + 1)])
+        if fits
+        else Column(name=name, dtype="f8", data=as_f8[8 * rows * number : 8 * rows * (number + 1)])
+        for number, (name, fits) in enumerate(zip(names, exact, strict=True))
+    ]
 
 
 def _measured(value: float) -> float:

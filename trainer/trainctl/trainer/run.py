@@ -73,8 +73,10 @@ class Run:
         self._last = _perf()
         self._eval_every: TunableValue | None = None
         self._checkpoint_every: TunableValue | None = None
+        self._end_fast_log: Callable[[], None] = _do_nothing
+        self._told_late = False
         if core.publishes and type(self).log is Run.log:
-            self.__dict__["log"] = floats_first(core.buffer, core, self._log)
+            self.__dict__["log"], self._end_fast_log = floats_first(core.buffer, core, self._log)
 
     @classmethod
     def attach(
@@ -228,13 +230,19 @@ class Run:
         return self._core.phases.get(name)
 
     def log(self, **values: Any) -> None:
-        """Log numbers of the step in progress: floats, ints, or tensors with one element, which cause no sync."""
+        """Log numbers of the step in progress: floats, ints, or tensors with one element, which cause no sync.
+
+        What is logged after the last `step_done()`, such as a test's result, belongs to the last completed step; where
+        `batches()` gave a batch since, to the step that this began and that never ended, as the loss that stopped it.
+        """
         # On the rank that publishes, `floats_first` stands before this.
         self._log(values)
 
     def _log(self, values: dict[str, Any]) -> None:
         if self._publishes:
             self._buffer.log(self._core.row_step, values)
+        elif self._closed:
+            self._say_too_late(values)
         else:
             self._keep_own_loss(values)
 
@@ -323,11 +331,13 @@ class Run:
     def close(self, *, failed: str | None = None) -> None:
         """End this rank's part: running saves are completed, what is left is sent. Called again it does nothing.
 
-        A hub that is frozen or gone holds this up for 3 s, one that is only starting for 10 s at most.
+        A hub that is frozen or gone holds this up for 3 s, one that is only starting for 10 s at most; so does a device
+        that has not computed what was logged: after 3 s in which no value came, those that miss are counted and told.
         """
         if self._closed or os.getpid() != self._pid:
             return
         self._closed = True
+        self._publish_no_more()
         core = self._core
         core.boundary.close()
         if self._actions is not None:
@@ -350,8 +360,8 @@ class Run:
                 self._parts.place_file.unlink(missing_ok=True)
         if core.boundary.completed == core.first_step and core.publishes and not failed:
             log.warning(
-                "trainctl: the script never called run.step_done(): nothing was shown, and no command could take "
-                "effect. Call it once after each optimizer step"
+                "trainctl: the script never called run.step_done(): of each metric only the last value is kept, and no "
+                "command could take effect. Call it once after each optimizer step"
             )
 
     def __enter__(self) -> Self:
@@ -435,15 +445,33 @@ class Run:
     def _in_forked_child(self) -> None:
         """A DataLoader worker inherits this object: it must not speak, and must not keep a connection of ours open."""
         self._closed = True
-        self._publishes = False
-        self.__dict__.pop("log", None)
+        self._publish_no_more()
         self._parts.sender.abandon()
         self._parts.sockets.let_go()
 
+    def _publish_no_more(self) -> None:
+        """What is logged from here on would wait for nobody, in memory."""
+        self._publishes = False
+        self._end_fast_log()  # a script may have kept `log = run.log`
+        self.__dict__.pop("log", None)
+
+    def _say_too_late(self, values: dict[str, Any]) -> None:
+        if self._told_late or os.getpid() != self._pid or not self._core.publishes:
+            return
+        self._told_late = True
+        log.warning(
+            "trainctl: run.log() was called after run.close(): %s and what follows is not recorded. Log it before",
+            ", ".join(list(values)[:5]) or "nothing",
+        )
+
     def _keep_own_loss(self, values: dict[str, Any]) -> None:
         """Rank 0 speaks for the run; of the others the operator sees figures, and their own loss among them."""
-        if not self._closed and (loss := values.get("loss")) is not None:
+        if (loss := values.get("loss")) is not None:
             self._buffer.log(self._core.row_step, {"loss": loss})
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _check(name: str, total_steps: int | None, eval_every: int | None, checkpoint_every: int | None) -> None:

@@ -16,10 +16,11 @@ from trainctl.trainer.core import Core, RunningSave
 from trainctl.trainer.device import let_captures_be
 from trainctl.trainer.drops import DropWatch
 from trainctl.trainer.exchange import Exchange
-from trainctl.trainer.figures import Pace, run_state
+from trainctl.trainer.figures import Pace, lost_here, run_state
 from trainctl.trainer.leader import Leader
 from trainctl.trainer.link import Link, wait_readable
 from trainctl.trainer.outcomes import update_of
+from trainctl.trainer.patience import LIMIT_S, SILENT_S, Patience
 from trainctl.trainer.preemption import Preemption
 from trainctl.trainer.pruning import Pruner
 from trainctl.trainer.rank_ranges import RANKS_TOLD
@@ -39,6 +40,7 @@ from trainctl.wire.messages import (
     LinkProgress,
     LinkTrouble,
     Ranks,
+    Rows,
     RunInfo,
     SourceAddress,
 )
@@ -52,8 +54,7 @@ _STATE_S = 0.5
 _RESUME_AGAIN_S = 5.0
 _BATCH = 20_000
 _RANKS_A_RECORD = 200  # so that a record fits a packet of the link, whatever the world size
-_GOODBYE_S = 10.0  # the hub of a very short run may only be starting, and one that takes what is left gets this long
-_SILENT_S = 3.0  # one that was there and says nothing is frozen
+_LEAVE_S = 5.0  # for the exchange between the ranks and the deletions, before and beside that
 _NO_STEP_S = 30.0
 _DELETED_S = 2.0
 
@@ -102,12 +103,12 @@ class Sender(threading.Thread):
         self._failed = False
 
     def finish(self, bye: LinkBye) -> None:
-        """Send what is left and end. Training's exit goes first: this waits for 3 s of a hub's silence, and 10 s in all
-        where the hub is only starting or still takes what is left."""
+        """Send what is left and end. Training's exit goes first: this waits for 3 s of a hub's silence, for 3 s in
+        which a device brings none of the values that were logged, and 10 s in all where the hub is only starting or
+        still takes what is left."""
         self._bye = bye
         self._closing.set()
-        self._exchange.close()
-        self.join(_GOODBYE_S + 2.0)
+        self.join(LIMIT_S + _LEAVE_S)
 
     def abandon(self) -> None:
         """In a forked child: let go of the link, which belongs to the parent."""
@@ -124,6 +125,8 @@ class Sender(threading.Thread):
                     wait_readable(self._link, TICK_S)
                 else:
                     self._closing.wait(TICK_S)
+            self._exchange.close(self._phases_s)
+            self._tell_everybody(time.monotonic())
             self._goodbye()
         except Exception:
             log.exception("trainctl: telemetry stopped, training goes on")
@@ -178,7 +181,6 @@ class Sender(threading.Thread):
                 self._record_events(now)
                 entries = []
                 self._pace.rewind()
-                self._exchange.ranges.rewound(entry.step)
                 core.last_metrics.clear()
                 core.last_metrics.update(entry.metrics)
             elif isinstance(entry, StepMark):
@@ -186,20 +188,16 @@ class Sender(threading.Thread):
                 self._step_time = entry.time
             entries.append(entry)
         self._record_rows(entries, now)
-        for complaint in self._rows.complaints:
-            self._core.complain("metric", complaint)
-        self._rows.complaints.clear()
-        for remark in self._rows.remarks:
-            self._core.complain("metric", remark, severity="info")
-        self._rows.remarks.clear()
         self._record_events(now)
         if core.tunables_changed.is_set():
             core.tunables_changed.clear()
             link.tell(LinkInfo(info=self._info()))
 
     def _record_rows(self, entries: list[Entry], now: float) -> None:
+        self._record(self._rows.feed(entries), now)
+
+    def _record(self, made: list[Rows], now: float) -> None:
         assert self._link is not None
-        made = self._rows.feed(entries)
         newest = self._rows.newest
         self._core.last_metrics.update(newest)
         self._core.own_loss = newest.get("loss", self._core.own_loss)
@@ -208,6 +206,12 @@ class Sender(threading.Thread):
         for rows in made:
             self._tally.observe(rows, clip)
             self._link.record(rows, now)
+        for complaint in self._rows.complaints:
+            self._core.complain("metric", complaint)
+        self._rows.complaints.clear()
+        for remark in self._rows.remarks:
+            self._core.complain("metric", remark, severity="info")
+        self._rows.remarks.clear()
 
     def _keep_own_loss(self) -> None:
         """A rank that does not speak for the run logs nothing but its own loss, for its figures."""
@@ -218,12 +222,9 @@ class Sender(threading.Thread):
 
     def _dropped(self) -> dict[str, int]:
         """Lost telemetry by reason, since this attempt began."""
-        buffer, link = self._core.buffer, self._link
-        return {
-            "buffer": buffer.refused,
-            "buffer-memory": buffer.refused_wide,
-            "device": buffer.not_copied + buffer.not_read,
-            "phase": self._core.phases.lost,
+        link = self._link
+        return lost_here(self._core) | {
+            "ranks": self._exchange.lost_elsewhere,
             "value": self._rows.refused_values,
             "names": self._rows.refused_names,
             "link": link.lost - link.crowded if link is not None else 0,
@@ -269,6 +270,9 @@ class Sender(threading.Thread):
                 self._link.record(Ranks(incarnation=ranks.incarnation, ranks=part), now)
             for rows in self._exchange.differing_ranges():
                 self._link.record(rows, now)
+            for gap in self._exchange.ranges.gaps:
+                self._core.complain("data", str(gap), severity="info")
+            self._exchange.ranges.gaps.clear()
             if self._exchange.ranges.passed_over:
                 text = (
                     f"more than {RANKS_TOLD} ranks read other data than rank 0: those of further ranks are not recorded"
@@ -283,6 +287,11 @@ class Sender(threading.Thread):
             self._link.tell(LinkAgents(agents=agents))
 
     def _tell_state(self) -> None:
+        for text in self._drop_watch.observe(self._tell_progress(), time.monotonic()):
+            self._core.lost_telemetry(text)
+
+    def _tell_progress(self) -> dict[str, int]:
+        """Tell what is true of the run now; return what was dropped so far."""
         assert self._link is not None
         state = self._core.state()
         if state != self._state_since[0]:
@@ -297,8 +306,7 @@ class Sender(threading.Thread):
             dropped=dropped,
         )
         self._link.tell(LinkProgress(run=run))
-        for text in self._drop_watch.observe(dropped, time.monotonic()):
-            self._core.lost_telemetry(text)
+        return dropped
 
     def _undo_what_is_due(self) -> None:
         """Changes on trial whose time is over: undone, unless their condition holds at that boundary."""
@@ -346,23 +354,26 @@ class Sender(threading.Thread):
             self._pruner.finish(_DELETED_S)
         if self._link is None:
             return
-        link, deadline = self._link, time.monotonic() + _GOODBYE_S
+        link, patience = self._link, Patience(time.monotonic())
         self._settle_saves(time.monotonic())
-        self._drain(time.monotonic())
         assert self._bye is not None
         said = -1  # the connection on which goodbye was said: a hub that comes back, or comes late, hears it too
-        heard, heard_at = link.packets, time.monotonic()
-        while (now := time.monotonic()) < deadline and not (link.drained() and said == link.connects):
-            if link.packets != heard or not link.connects:
-                heard, heard_at = link.packets, now
-            elif now - heard_at > _SILENT_S:
-                break
-            if link.connected and said != link.connects:
+        taken = False
+        while not (taken and link.drained() and said == link.connects):
+            now = time.monotonic()
+            if not taken:
+                taken = self._take_the_rest(now, wait=patience.with_device(now, len(self._core.buffer)))
+            if taken and link.connected and said != link.connects:
                 said = link.connects
-                self._tell_state()
+                self._tell_progress()
                 link.tell(self._bye)
             link.tick(now)
+            # One that has all there is, while a device still computes, owes nothing.
+            if not patience.with_hub(now, link.packets, asked=link.connects > 0 and (taken or not link.drained())):
+                break
             wait_readable(link, 0.02)
+        if not taken:
+            self._take_the_rest(time.monotonic(), wait=False)
         if (left := link.waiting()) > 0:
             log.warning(
                 "trainctl: the hub did not take the last %d rows and events before this process ended: they are "
@@ -370,6 +381,29 @@ class Sender(threading.Thread):
                 left,
             )
         link.close()
+
+    def _take_the_rest(self, now: float, *, wait: bool) -> bool:
+        """Record what the training thread left; say whether that was all. Without `wait`, what a device still owes is
+        given up, counted."""
+        core, buffer = self._core, self._core.buffer
+        not_read = buffer.not_read
+        buffer.waits_for_devices = wait
+        try:
+            self._drain(now)
+            if len(buffer) == 0:
+                begun = core.ranges.begun
+                self._record(self._rows.finish(core.boundary.completed, begun=begun), now)
+        except Exception as error:
+            log.exception("trainctl: a part of the last telemetry is lost")
+            core.complain("telemetry", f"a part of the last telemetry is lost: {type(error).__name__}: {error}")
+        if not wait and buffer.not_read > not_read:
+            core.complain(
+                "dropped",
+                f"{buffer.not_read - not_read} values of the last steps are missing: the device had not computed them "
+                f"{SILENT_S:.0f} s after training ended. Wait for it before run.close(): torch.cuda.synchronize()",
+            )
+        self._record_events(now)
+        return len(buffer) == 0
 
 
 def saved_events(core: Core, save: RunningSave) -> list[Event]:
