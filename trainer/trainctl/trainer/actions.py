@@ -464,6 +464,7 @@ def roll_back(
             lr_scale=action.lr_scale,
             actor=proposal.actor,
             from_memory=loaded.from_memory,
+            parent=loaded.incarnation,
         )
     )
     core.buffer.put(Rewind(step, core.incarnation, dict(loaded.metrics)))
@@ -474,6 +475,7 @@ def roll_back(
 
 def begin_branch(core: Core, *, parent: int = 0, after_step: int = 0) -> None:
     """Write down where this incarnation begins, so that `last` and a restart never go back to an abandoned branch."""
+    core.parent = parent
     if not core.place.leads or core.identity.problem is not None:
         return
     branch = Branch(incarnation=core.incarnation, parent=parent, after_step=after_step)

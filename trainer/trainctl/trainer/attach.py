@@ -482,7 +482,11 @@ def run_info(script: Script, core: Core) -> RunInfo:
 
 def _hello(script: Script, core: Core) -> LinkHello:
     return LinkHello(
-        info=run_info(script, core), incarnation=core.incarnation, step=core.boundary.completed, pid=os.getpid()
+        info=run_info(script, core),
+        incarnation=core.incarnation,
+        step=core.boundary.completed,
+        pid=os.getpid(),
+        parent=core.parent,
     )
 
 
