@@ -597,6 +597,7 @@ class Verified(ReplyBase, frozen=True, kw_only=True, tag="verified"):
     id: str
     ok: bool
     text: str
+    readable: bool = True  # false where the disk gave an error: neither good nor damaged
 
 
 class Tunables(ReplyBase, frozen=True, kw_only=True, tag="tunables"):
