@@ -1,6 +1,8 @@
 """The command line against a real server: answers, JSON shapes and exit codes of docs/cli.md."""
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +262,22 @@ def test_a_refusal_is_passed_on_with_its_reason() -> None:
 
 
 # --- checkpoints
+
+
+def test_a_checkpoint_that_the_disk_does_not_give_is_not_called_damaged(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> tuple[int, str]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with hub() as running:
+        make_checkpoint(running.info, "step-10", 10, when=10.0, loss=2.0)
+        with monkeypatch.context() as disk:
+            disk.setattr("trainctl.wire.manifest._hash", fails)
+            (found,) = answer("checkpoint", "verify", code=1)["checkpoints"]
+            assert (found["ok"], found["readable"]) == (False, False)
+            assert "could not be read: Input/output error. It may be whole: try again" in found["text"]
+            assert "UNREAD   step-10" in invoke("checkpoint", "verify").stdout
+        assert answer("checkpoint", "ls")["checkpoints"][0]["verified"] is None
+        assert answer("checkpoint", "verify")["checkpoints"][0]["ok"] is True
 
 
 def test_checkpoints_are_listed_verified_and_the_damaged_one_is_named() -> None:

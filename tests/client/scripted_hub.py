@@ -19,6 +19,7 @@ from trainctl.store.audit import check_audit
 from trainctl.store.record import RunRecord
 from trainctl.wire import manifest
 from trainctl.wire.cards import remove_card, write_card
+from trainctl.wire.checking import check as check_files
 from trainctl.wire.commands import Command, args_of, check, spec_of
 from trainctl.wire.keys import Authority, source_keys, user_keys
 from trainctl.wire.messages import (
@@ -270,11 +271,8 @@ class ScriptedHub:
                 raise Refusal("not_found", f"the script has no answer to {type(request).__name__}")
 
     def _verify(self, request: VerifyRequest, caller: Caller) -> Verified:
-        try:
-            manifest.verify(RunDir(self.info.dir).checkpoints / request.id)
-        except manifest.DamagedCheckpoint as error:
-            return Verified(req=caller.req, id=request.id, ok=False, text=str(error))
-        return Verified(req=caller.req, id=request.id, ok=True, text="as the manifest says")
+        found = check_files(RunDir(self.info.dir).checkpoints / request.id)
+        return Verified(req=caller.req, id=request.id, ok=found.ok, text=found.text, readable=found.readable)
 
     def _command(self, command: Command, caller: Caller) -> Reply | None:
         assert check(command.action) is None

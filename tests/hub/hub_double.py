@@ -145,7 +145,7 @@ class Rank:
         self.have = -1
         self.socket: socket.socket
 
-    def connect(self, *, step: int = 0, incarnation: int = 1, timeout_s: float = 10.0) -> LinkWelcome:
+    def connect(self, *, step: int = 0, incarnation: int = 1, parent: int | None = None) -> LinkWelcome:
         def dial() -> socket.socket | None:
             candidate = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             try:
@@ -155,11 +155,11 @@ class Rank:
                 return None
             return candidate
 
-        found = until(dial, timeout_s, what="the hub's link")
+        found = until(dial, 10, what="the hub's link")
         assert found is not None
         self.socket = found
         made = info(self._run_dir, attempt=self._attempt)
-        self.say(LinkHello(info=made, incarnation=incarnation, step=step, pid=self._pid))
+        self.say(LinkHello(info=made, incarnation=incarnation, step=step, pid=self._pid, parent=parent))
         welcome = self.hear(LinkWelcome)
         self.have = welcome.have
         return welcome

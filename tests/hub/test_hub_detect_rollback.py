@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hub_double import RUN, hub_running, rank_linked, rows
+from hub_double import RUN, Rank, hub_running, rank_linked, rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -215,3 +215,26 @@ def test_a_real_hub_that_was_started_again_knows_what_is_usual_after_a_rollback(
     first, second = told()
     assert (first.step, first.incarnation) == (101, 1)
     assert (second.step, second.incarnation, second.severity) == (101, 2, "warning")
+
+
+def test_after_a_restart_from_an_abandoned_checkpoint_a_hub_knows_what_was_usual_in_that_branch(
+    told_by: Any,
+) -> None:
+    run_dir, told = told_by
+    with hub_running(run_dir):
+        with rank_linked(run_dir) as rank:
+            rank.record(rows(*range(1, 101), loss=noisy(100, seed=1)))
+            back = {"time": 1.0, "step": 10, "from_step": 100, "from_incarnation": 1, "checkpoint": "c"}
+            rank.record(RolledBack(incarnation=2, **back))  # type: ignore[arg-type]
+            rank.record(rows(*range(11, 81), incarnation=2, loss=noisy(70, seed=2, level=50.0)))
+            until(lambda: load_record(run_dir).state.step == 80, 20, what="the branch with a level of its own")
+        rank = Rank(run_dir, attempt=2)
+        rank.connect(step=80, incarnation=3, parent=1)
+        try:
+            rank.record(rows(81, incarnation=3, loss=[40.0]))
+            until(told, 20, what="the leap after the restart")
+        finally:
+            rank.close()
+    (leap,) = told()
+    assert (leap.step, leap.incarnation, leap.severity) == (81, 3, "warning")
+    assert load_record(run_dir).metrics.live_branch() == [(1, 80), (3, None)]

@@ -2,7 +2,7 @@
 autocast, dropout, a shuffling sampler, loader workers, accumulation over the end of an epoch, a schedule, an average of
 the weights and early stopping. The data depend on the index alone; some indices overflow.
 
-usage: exact.py OUTPUT [--steps N] [--sleep S] [--drawn]
+usage: exact.py OUTPUT [--steps N] [--sleep S] [--drawn] [--readable EPOCHS]
 
 Each rank writes, for each step, the indices of its data and a hash of all of its state, bit by bit.
 """
@@ -10,9 +10,11 @@ Each rank writes, for each step, the indices of its data and a hash of all of it
 import argparse
 import hashlib
 import json
+import math
 import os
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,17 @@ class Points(Dataset[tuple[int, Tensor]]):
         return index, point * 1e30 if index in OVERFLOWING else point
 
 
+class Readable(DistributedSampler[Any]):
+    """Cannot be asked for an epoch that is not among the first `epochs`."""
+
+    epochs = math.inf
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.epoch >= self.epochs:
+            raise OSError(f"epoch {self.epoch} is not there")
+        return super().__iter__()
+
+
 def digest(*parts: Any) -> str:
     """Of tensors, plain values, and lists and dicts of them."""
     sha = hashlib.sha256()
@@ -75,6 +88,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--sleep", type=float, default=0.0)
     parser.add_argument("--drawn", action="store_true", help="the order is drawn anew for each epoch, by new workers")
+    parser.add_argument("--readable", type=int, help="epochs that the last rank has; the others have all")
     given = parser.parse_args()
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo")
@@ -86,7 +100,9 @@ def main() -> None:
         loader = DataLoader(Points(BATCH * BATCHES), batch_size=BATCH, shuffle=True, num_workers=2)
     else:
         data = Points(BATCH * BATCHES * ranks)
-        sampler: DistributedSampler[Any] = DistributedSampler(data, num_replicas=ranks, rank=rank, seed=3)
+        sampler = Readable(data, num_replicas=ranks, rank=rank, seed=3)
+        if given.readable is not None and rank == ranks - 1:
+            sampler.epochs = given.readable
         loader = DataLoader(data, batch_size=BATCH, sampler=sampler, num_workers=2, persistent_workers=True)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 200)

@@ -167,15 +167,29 @@ class History(RuleBasedStateMachine):
 
     @rule(back=st.integers(0, 50))
     def begin_an_attempt(self, back: int) -> None:
+        self._begin_attempt(self.incarnation, max(0, self.step - back), told=None)
+
+    @precondition(lambda self: self.checkpoints)
+    @rule(data=st.data())
+    def restart_from(self, data: st.DataObject) -> None:
+        """A checkpoint of any branch."""
+        parent, step = self.checkpoints[data.draw(st.sampled_from(sorted(self.checkpoints)))]
+        self._begin_attempt(parent, step, told=parent)
+
+    def _begin_attempt(self, parent: int, step: int, *, told: int | None) -> None:
         self.writer.close()
         self.open()
-        before, self.incarnation = self.incarnation, max(self.model.parents) + 1
-        self.step = max(0, self.step - back)
-        self.model.parents[self.incarnation] = before, self.step
+        self.incarnation, self.step = max(self.model.parents) + 1, step
+        self.model.parents[self.incarnation] = parent, step
         self.attempt, self.said = self.attempt + 1, []
         self.take(
             StateChanged(
-                time=self.clock, step=self.step, incarnation=self.incarnation, state="starting", attempt=self.attempt
+                time=self.clock,
+                step=step,
+                incarnation=self.incarnation,
+                state="starting",
+                attempt=self.attempt,
+                parent=told,
             )
         )
 

@@ -91,8 +91,11 @@ def rows(steps: range, incarnation: int = 1, names: tuple[str, ...] = ("loss",))
     )
 
 
-def state(name: str, step: int = 0, *, incarnation: int = 1, attempt: int = 1) -> StateChanged:
-    return StateChanged(time=1.0, step=step, incarnation=incarnation, state=name, attempt=attempt)  # type: ignore[arg-type]
+def state(
+    name: str, step: int = 0, *, incarnation: int = 1, attempt: int = 1, parent: int | None = None
+) -> StateChanged:
+    made = {"time": 1.0, "step": step, "incarnation": incarnation, "state": name, "attempt": attempt, "parent": parent}
+    return msgspec.convert(made, StateChanged)
 
 
 def update(command_id: str, name: str, **more: object) -> CommandUpdate:
@@ -166,6 +169,41 @@ def test_a_rollback_to_an_abandoned_branch_stands_on_that_branch(tmp_path: Path)
     found = teller.record.metrics.query("loss")
     assert found["incarnation"].tolist() == [1] * 30 + [3] * 2
     assert found["step"].tolist() == list(range(1, 33))
+
+
+def live(record: RunRecord) -> list[tuple[int, int]]:
+    """Step and incarnation of each value on the live branch."""
+    found = record.metrics.query("loss")
+    return list(zip(found["step"].tolist(), found["incarnation"].tolist(), strict=True))
+
+
+@pytest.mark.parametrize("begins", ["a rollback to what is in memory only", "an attempt"])
+def test_what_goes_on_from_an_abandoned_branch_says_which_it_is(begins: str, tmp_path: Path) -> None:
+    teller = Teller(tmp_path)
+    teller.tell(rows(range(1, 41)))
+    teller.tell(CheckpointSaved(time=1.0, step=30, incarnation=1, id="ck-30", error="the disk is full"))
+    teller.tell(RolledBack(time=1.0, step=10, incarnation=2, from_step=40, from_incarnation=1, checkpoint="ck-10"))
+    teller.tell(rows(range(11, 41), incarnation=2))
+    if begins == "an attempt":
+        teller.tell(state("starting", 30, incarnation=3, attempt=2, parent=1), attempt=2)
+    else:
+        teller.tell(
+            RolledBack(time=1.0, step=30, incarnation=3, from_step=40, from_incarnation=2, checkpoint="ck-30", parent=1)
+        )
+    teller.tell(rows(range(31, 33), incarnation=3))
+    expected = [(step, 1) for step in range(1, 31)] + [(31, 3), (32, 3)]
+    assert live(teller.record) == expected
+    teller.write(tmp_path)
+    assert live(load_record(tmp_path)) == expected
+
+
+def test_an_attempt_that_begins_from_nothing_stands_on_nothing(tmp_path: Path) -> None:
+    teller = Teller(tmp_path)
+    teller.tell(state("starting", parent=0))
+    teller.tell(rows(range(1, 4)))
+    teller.tell(state("starting", 0, incarnation=2, attempt=2, parent=0), attempt=2)
+    assert live(teller.record) == []
+    assert teller.record.metrics.live_branch() == [(2, None)]
 
 
 def test_the_first_outcome_of_a_command_stands_unless_it_was_unknown(tmp_path: Path) -> None:

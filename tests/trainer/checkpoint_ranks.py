@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 import trainctl.trainer.checkpoint.load as loading
 from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, State
 from trainctl.trainer.checkpoint.capture import bare
+from trainctl.wire import manifest
 from trainctl.wire.manifest import list_checkpoints
 
 directory, rank, world_size = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
@@ -142,6 +143,25 @@ def refused_where_rank_1_cannot_read(training: Training) -> str:
     return problem
 
 
+def refused_where_the_disk_of_rank_1_fails(training: Training) -> str:
+    """Why nobody loads what rank 1 could not hash; and that nobody takes it for damaged."""
+    intact = manifest._hash
+
+    def fails(*_: Any) -> Any:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    if rank == 1:
+        manifest._hash = fails
+    try:
+        training.checkpointer.load("b")
+    except CheckpointError as refused:
+        problem = str(refused)
+    finally:
+        manifest._hash = intact
+    assert list_checkpoints(training.checkpointer.directory)[-1].verified is None
+    return problem
+
+
 def failures(group: Any) -> None:
     """One rank's trouble is everybody's, in the same words, and the next save works."""
     training = Training(wrapped_in_ddp(), group, name="failures")
@@ -154,6 +174,9 @@ def failures(group: Any) -> None:
     assert training.save("b") is None  # rank 0 begins with an empty stage
     before = [parameter.detach().clone() for parameter in training.model.parameters()]
     training.run(1)
+    error = alike(group, refused_where_the_disk_of_rank_1_fails(training))
+    assert error.startswith("rank 1: b/"), error
+    assert "could not be read: Input/output error" in error, error
     error = alike(group, refused_where_rank_1_cannot_read(training))
     assert error.startswith("rank 1: checkpoint b cannot be read"), error
     assert "Input/output error" in error, error

@@ -4,6 +4,7 @@ shuffling, loader workers, accumulation over the end of an epoch, an average of 
 tests/scripts/exact.py writes for each step a hash of parameters, optimizer, scaler, tracked objects and generators.
 """
 
+import json
 from collections.abc import Collection
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobs import Job, job, trainctl_json
+from jobs import Job, job, trainctl, trainctl_json
 from waiting import until
 
 pytestmark = pytest.mark.ranks
@@ -51,6 +52,14 @@ def roll_back(running: Job, to: int, *words: str) -> None:
     assert (done["state"], done["after"], done["ranks"]) == ("applied", to, running.ranks), done
 
 
+def fail_to_roll_back(running: Job, to: int, *words: str) -> str:
+    """The reason."""
+    told = trainctl("rollback", str(to), *words, "--yes", "--json", "-r", str(running.directory), check=False)
+    done = json.loads(told.stdout)
+    assert (told.returncode, done["state"]) == (1, "failed"), done
+    return str(done["reason"])
+
+
 def trained(running: Job) -> list[dict[int, Line]]:
     """Of each rank the lines of a run that nobody disturbed, by step; and that it went through what it should."""
     assert running.wait(120) == 0, running.log()
@@ -83,11 +92,19 @@ def assert_same(
 def test_on_two_ranks_rollbacks_are_exact_and_leave_out_exactly_the_micro_batches_that_were_asked_for(
     tmp_path: Path,
 ) -> None:
-    far = 27
-    with job("exact.py", 2, tmp_path, ["--steps", "100000", "--sleep", "0.03"]) as running:
-        until_in(running, 1, far)
+    far, epochs = 27, 40
+    slowly = ["--steps", "100000", "--sleep", "0.03", "--readable", str(epochs)]
+    with job("exact.py", 2, tmp_path, slowly) as running:
+        until_in(running, 1, MIDDLE + 1)
+        # One rank cannot read what is to be skipped: the steps after that are the same as those of incarnation 3.
+        reason = fail_to_roll_back(running, MIDDLE, "--skip-batches", str(15 * epochs))
+        assert f"epoch {epochs} is not there" in reason
+        assert "rank 1" in reason
+        failed_at = running.lines(0)[-1]["step"]
+        until_in(running, 1, max(far, failed_at + 3))
         # After which step each incarnation begins, and with which micro-batch: two make a step, 15 an epoch.
         begins = {1: (0, 0)}
+        incarnation = 2  # would have been that of the rollback that failed
         for to, skip, index in [
             (MIDDLE, 0, 40),
             (END, 0, 30),
@@ -97,10 +114,11 @@ def test_on_two_ranks_rollbacks_are_exact_and_leave_out_exactly_the_micro_batche
             (END, 1, 33 + 10 + 1),  # that branch's own step 15 had read up to 33 + 10
         ]:
             roll_back(running, to, "--skip-batches", str(skip))
-            begins[len(begins) + 1] = (to, index)
-            until_in(running, len(begins), to + 6)
+            incarnation += 1
+            begins[incarnation] = (to, index)
+            until_in(running, incarnation, failed_at + 3 if incarnation == 3 else to + 6)
         first = [{line["step"]: line for line in of_incarnation(running, rank, 1)} for rank in range(2)]
-        assert_same(running, first, {number: step + 1 for number, (step, _) in begins.items()}, skipping={4, 5, 6, 7})
+        assert_same(running, first, {number: step + 1 for number, (step, _) in begins.items()}, skipping={5, 6, 7, 8})
         for rank in range(2):
             order = [index for line in first[rank].values() for index in line["indices"]]
             assert len(order) >= 8 * far

@@ -57,11 +57,15 @@ def verify(run: str | None, server_key: str | None, targets: tuple[str, ...], *,
     """Hash the files of checkpoints against their manifests: all, or those named (an id, a step, last, best)."""
     name, outcomes = asyncio.run(_verify(run, server_key, targets, quiet=as_json))
     if as_json:
-        rows = [{"id": outcome.id, "ok": outcome.ok, "text": outcome.text} for outcome in outcomes]
+        rows = [
+            {"id": outcome.id, "ok": outcome.ok, "readable": outcome.readable, "text": outcome.text}
+            for outcome in outcomes
+        ]
         click.echo(dumps({"run": name, "checkpoints": rows}))
     else:
         for outcome in outcomes:
-            click.echo(f"{'good   ' if outcome.ok else 'DAMAGED'}  {outcome.id}  {outcome.text}")
+            word = "good   " if outcome.ok else "DAMAGED" if outcome.readable else "UNREAD "
+            click.echo(f"{word}  {outcome.id}  {outcome.text}")
         if not outcomes:
             click.echo(f"{name} has no checkpoint yet", err=True)
     return 0 if all(outcome.ok for outcome in outcomes) else 1

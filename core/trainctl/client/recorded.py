@@ -12,6 +12,7 @@ from trainctl.client.points import Points, all_pages
 from trainctl.client.removal import remove
 from trainctl.store.audit import check_audit
 from trainctl.wire import manifest
+from trainctl.wire.checking import check
 from trainctl.wire.commands import Action, CheckpointRemove, spec_of
 from trainctl.wire.messages import (
     FINAL_STATES,
@@ -129,14 +130,8 @@ class RecordedSession:
             if progress is not None:
                 progress(done, total)
 
-        try:
-            found = await asyncio.to_thread(manifest.verify, directory, told)
-        except manifest.DamagedCheckpoint as error:
-            manifest.remember_check(directory, ok=False, text=str(error))
-            return Verified(req=0, id=checkpoint, ok=False, text=str(error))
-        text = f"{len(found.files)} files have the hashes of the manifest"
-        manifest.remember_check(directory, ok=True, text=text)
-        return Verified(req=0, id=checkpoint, ok=True, text=text)
+        found = await asyncio.to_thread(check, directory, told)
+        return Verified(req=0, id=checkpoint, ok=found.ok, text=found.text, readable=found.readable)
 
     async def tunables(self) -> list[Tunable]:
         return list(self._snapshot.info.tunables)

@@ -147,9 +147,13 @@ def _branches(events: Sequence[Event], known: Sequence[CheckpointInfo]) -> dict[
     found: dict[int, Branch] = {}
     for event in events:
         if isinstance(event, RolledBack):
-            parent = saved_in.get(event.checkpoint, event.from_incarnation)
+            parent = event.parent
+            if parent is None:
+                parent = saved_in.get(event.checkpoint, event.from_incarnation)
         elif isinstance(event, StateChanged) and event.state == "starting":
-            parent = max((number for number in found if number < event.incarnation), default=0)
+            parent = event.parent
+            if parent is None:
+                parent = max((number for number in found if number < event.incarnation), default=0)
         else:
             continue
         branch = Branch(incarnation=event.incarnation, parent=parent, after_step=event.step)

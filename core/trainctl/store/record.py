@@ -203,7 +203,9 @@ class RunRecord:
             case CheckpointSaved(error=None):
                 self._checkpoint_incarnations.setdefault(event.id, event.incarnation)
             case RolledBack():
-                parent = self._checkpoint_incarnations.get(event.checkpoint, event.from_incarnation)
+                parent = event.parent
+                if parent is None:
+                    parent = self._checkpoint_incarnations.get(event.checkpoint, event.from_incarnation)
                 self.metrics.begin(event.incarnation, after_step=event.step, parent=parent)
                 self.state = msgspec.structs.replace(
                     self.state, step=event.step, step_time=event.time, incarnation=event.incarnation
@@ -213,7 +215,7 @@ class RunRecord:
 
     def _apply_state(self, event: StateChanged) -> None:
         if event.state == "starting":
-            self.metrics.begin(event.incarnation, after_step=event.step)
+            self.metrics.begin(event.incarnation, after_step=event.step, parent=event.parent)
             if event.attempt > self.state.attempt:
                 # Ranks and nodes of the attempt before may be other ones.
                 self.ranks.clear()

@@ -34,6 +34,10 @@ class DamagedCheckpoint(Exception):
     """A checkpoint is not what its manifest says; the message names the file."""
 
 
+class UnreadCheckpoint(DamagedCheckpoint):
+    """The disk did not give a file: no good now, and perhaps the next time. Never remembered as damaged."""
+
+
 class ManifestFile(msgspec.Struct, frozen=True, kw_only=True):
     name: str  # relative, no "..", no absolute path
     bytes: int
@@ -94,7 +98,10 @@ def read_manifest(directory: Path) -> Manifest:
         raise DamagedCheckpoint(str(error)) from None
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{directory.name} has no manifest: it was never completed") from None
-    except (OSError, msgspec.MsgspecError) as error:
+    except OSError as error:
+        words = f"the manifest of {directory.name} could not be read: {error.strerror or error}"
+        raise UnreadCheckpoint(words) from None
+    except msgspec.MsgspecError as error:
         raise DamagedCheckpoint(f"the manifest of {directory.name} cannot be read: {error}") from None
     if manifest.format != FORMAT:
         raise DamagedCheckpoint(f"{directory.name} has format {manifest.format}, this version reads {FORMAT}")
@@ -111,7 +118,8 @@ def read_manifest(directory: Path) -> Manifest:
 def verify(
     directory: Path, progress: Callable[[int], None] | None = None, *, only: Collection[str] | None = None
 ) -> Manifest:
-    """Hash every file of a checkpoint against its manifest. Raises `DamagedCheckpoint`, naming the first bad file.
+    """Hash every file of a checkpoint against its manifest. Raises `DamagedCheckpoint`, naming the first bad file, or
+    `UnreadCheckpoint` where the disk did not give one.
 
     `only` leaves out the files that are not in it, for ranks that share the work.
     """
@@ -127,7 +135,8 @@ def verify(
         except FileNotFoundError:
             raise DamagedCheckpoint(f"{directory.name}/{file.name} is missing") from None
         except OSError as error:
-            raise DamagedCheckpoint(f"{directory.name}/{file.name} cannot be read: {error}") from None
+            words = f"{directory.name}/{file.name} could not be read: {error.strerror or error}"
+            raise UnreadCheckpoint(words) from None
         _compare(directory, file, size, digest)
     return manifest
 

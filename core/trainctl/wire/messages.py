@@ -159,6 +159,7 @@ class StateChanged(EventBase, frozen=True, kw_only=True, tag="state"):
     before: RunStateName | None = None
     reason: str | None = None
     attempt: Number = 1
+    parent: Number | None = None  # when it starts: the incarnation that it goes on from, 0: from none
 
 
 class CommandUpdate(EventBase, frozen=True, kw_only=True, tag="command"):
@@ -225,6 +226,7 @@ class RolledBack(EventBase, frozen=True, kw_only=True, tag="rollback"):
     lr_scale: float | None = None
     actor: str = ""
     from_memory: bool = False  # every rank had the state in host memory; else it was read from disk
+    parent: Number | None = None  # the incarnation that the checkpoint is of, which the new one goes on from
 
 
 class Anomaly(EventBase, frozen=True, kw_only=True, tag="anomaly"):
@@ -595,6 +597,7 @@ class Verified(ReplyBase, frozen=True, kw_only=True, tag="verified"):
     id: str
     ok: bool
     text: str
+    readable: bool = True  # false where the disk gave an error: neither good nor damaged
 
 
 class Tunables(ReplyBase, frozen=True, kw_only=True, tag="tunables"):
@@ -664,6 +667,7 @@ class LinkHello(Message, frozen=True, kw_only=True, tag="hello"):
     incarnation: Number
     step: Number
     pid: int
+    parent: Number | None = None  # the incarnation that this one goes on from, 0: from none
 
 
 class LinkInfo(Message, frozen=True, kw_only=True, tag="info"):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from trainctl.wire.manifest import DamagedCheckpoint, list_checkpoints, remember_check, verify
+from trainctl.wire.manifest import DamagedCheckpoint, UnreadCheckpoint, list_checkpoints, remember_check, verify
 from trainctl.wire.messages import CheckpointInfo
 from trainctl.wire.rundir import fsync_dir
 
@@ -44,7 +44,8 @@ def why_kept(checkpoints: Sequence[CheckpointInfo], checkpoint_id: str, targets:
 def verify_last_good(directory: Path, damaged: Collection[str] = ()) -> frozenset[str]:
     """Make sure that the last good checkpoint of `directory` is one; the ids that turned out to be damaged.
 
-    Reads files and may take long. What was verified before is taken at its word.
+    Reads files and may take long. What was verified before is taken at its word. Raises UnreadCheckpoint where the disk
+    did not give a file of it: nothing may be deleted then.
     """
     found = known(directory, damaged)
     good = last_good(found)
@@ -52,11 +53,18 @@ def verify_last_good(directory: Path, damaged: Collection[str] = ()) -> frozense
         return frozenset(damaged)
     try:
         verify(directory / good.id)
+    except UnreadCheckpoint:
+        raise
     except DamagedCheckpoint as damage:
         remember_check(directory / good.id, ok=False, text=str(damage))
         return verify_last_good(directory, {*damaged, good.id})
     remember_check(directory / good.id, ok=True, text="verified before another one was deleted")
     return frozenset(damaged)
+
+
+def unread_words(error: UnreadCheckpoint) -> str:
+    """Why nothing is deleted while the last good checkpoint cannot be read."""
+    return f"{error}. It is the last good checkpoint, so nothing was deleted: try again"
 
 
 def known(directory: Path, damaged: Collection[str]) -> list[CheckpointInfo]:
@@ -75,7 +83,10 @@ def remove_unless_kept(directory: Path, checkpoint_id: str) -> CheckpointInfo:
     found = known(directory, ())
     reason = why_kept(found, checkpoint_id)
     if reason is None:
-        found = known(directory, verify_last_good(directory))
+        try:
+            found = known(directory, verify_last_good(directory))
+        except UnreadCheckpoint as error:
+            raise NotRemoved(unread_words(error)) from None
         reason = why_kept(found, checkpoint_id)
     if reason is not None:
         raise NotRemoved(reason)

@@ -58,6 +58,7 @@ class RunBoard:
                 before=None if first else before.state,
                 attempt=state.attempt,
                 reason=None if first else f"attempt {state.attempt}",
+                parent=hello.parent,
             )
         )
         self._record.progress(state)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from trainctl.hub.recorder import Recorder
 from trainctl.wire.commands import Act, CommandState, Restart, Rollback
-from trainctl.wire.manifest import pick
+from trainctl.wire.manifest import UnreadCheckpoint, pick
 from trainctl.wire.messages import BestBy, CheckpointInfo, CheckpointRemoved
-from trainctl.wire.removal import delete_hidden, hide, known, verify_last_good, why_kept
+from trainctl.wire.removal import delete_hidden, hide, known, unread_words, verify_last_good, why_kept
 from trainctl.wire.rundir import RunDir
 
 
@@ -43,7 +43,10 @@ async def remove(
     it is accepted meanwhile.
     """
     directory, record = run_dir.checkpoints, recorder.record
-    damaged = await asyncio.to_thread(verify_last_good, directory)
+    try:
+        damaged = await asyncio.to_thread(verify_last_good, directory)
+    except UnreadCheckpoint as error:
+        return Removed(state="failed", reason=unread_words(error))
     found = known(directory, damaged)
     reason = why_kept(found, checkpoint_id, targets(found))
     if reason is not None:

@@ -149,7 +149,7 @@ class Requests:
             message = Verifying(req=caller.req, id=checkpoint_id, done_bytes=done, total_bytes=total)
             self._server.reply(caller, message)
 
-        ok, text = await check(self._run_dir.checkpoints / found.id, tell if request.progress else None)
+        verdict = await check(self._run_dir.checkpoints / found.id, tell if request.progress else None)
         self._recorder.take(
             CheckpointSaved(
                 time=time.time(),
@@ -157,14 +157,14 @@ class Requests:
                 incarnation=found.incarnation,
                 id=found.id,
                 bytes=found.bytes,
-                verified=ok,
+                verified=verdict.ok if verdict.readable else None,
                 pinned=found.pinned,
                 note=found.note,
                 metrics=found.metrics,
-                error=None if ok else text,
+                error=None if verdict.ok else verdict.text,
             )
         )
-        return Verified(req=request.req, id=found.id, ok=ok, text=text)
+        return Verified(req=request.req, id=found.id, ok=verdict.ok, text=verdict.text, readable=verdict.readable)
 
     async def _audit_lines(self, request: AuditRequest) -> AuditLines:
         try:

@@ -11,17 +11,17 @@ import torch
 
 from trainctl.trainer.agreement import DOUBT_S, Outcome, Position, Proposal
 from trainctl.trainer.boundary import Armed
-from trainctl.trainer.buffer import Rewind
 from trainctl.trainer.changes import Changes, condition_values
 from trainctl.trainer.checkpoint import CheckpointError, Loaded
-from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
 from trainctl.trainer.control import Control, InDoubt
 from trainctl.trainer.core import Core, Hold, PromisedStop, RunningSave
+from trainctl.trainer.data_place import DataPlace, DataUnreadable, move_back, move_data
 from trainctl.trainer.evaluated import Evaluated, put_back, survey_of, survives
 from trainctl.trainer.evaluation import evaluate
 from trainctl.trainer.gathering import not_all_came
 from trainctl.trainer.outcomes import update_of
 from trainctl.trainer.preemption import Signalled, heard_while_paused
+from trainctl.trainer.rolling_back import roll_back
 from trainctl.trainer.steering import is_field, problem_with
 from trainctl.wire.commands import (
     Abort,
@@ -40,9 +40,7 @@ from trainctl.wire.commands import (
     spec_of,
 )
 from trainctl.wire.expressions import parse
-from trainctl.wire.lineage import Branch, record_branch
-from trainctl.wire.messages import RolledBack, Scalar
-from trainctl.wire.rundir import RunDir
+from trainctl.wire.messages import Scalar
 
 _HOLD_POLL_S = 0.2
 
@@ -55,6 +53,7 @@ class Staged:
     declined: bool = False
     expired: bool = False
     loaded: Loaded | None = None
+    data: DataPlace | None = None  # where a rollback's data are open already
     tried: Scalar = None  # what a tunable was before the script's own callback was tried with the new value
 
 
@@ -177,6 +176,8 @@ class Actions:
         )
         if self._control.staged(armed, told):
             return self._apply(armed.proposal, staged)
+        if staged.data is not None and self._core.feed is not None:
+            move_back(self._core.feed, staged.data)
         action = armed.proposal.command.action
         if staged.tried is not None and isinstance(action, SetTunable):
             self._core.tunables.take_back(action.name, staged.tried)
@@ -188,7 +189,7 @@ class Actions:
 
     def _stage(self, proposal: Proposal) -> Staged:
         core = self._core
-        loaded = None
+        loaded, data = None, None
         expired = core.place.leads and proposal.expires_at is not None and time.time() > proposal.expires_at
         if isinstance(proposal.command.action, Rollback) and proposal.undo is None:
             assert core.checkpointer is not None
@@ -197,20 +198,23 @@ class Actions:
             try:
                 # A collective, so every rank comes here, whatever rank 0 will find of the condition.
                 loaded = core.checkpointer.load(proposal.checkpoint)
-            except CheckpointError as error:
+                if core.feed is not None:
+                    data = move_data(core.feed, loaded, skip=proposal.command.action.skip_batches)
+            except (CheckpointError, DataUnreadable) as error:
                 return Staged(problem=f"{error}")
             finally:
                 core.doing = None
         if expired:
-            return Staged(problem="it was not applied in time: nothing was changed", declined=True, expired=True)
+            late = "it was not applied in time: nothing was changed"
+            return Staged(problem=late, declined=True, expired=True, data=data)
         undo = proposal.undo
         problem = unmet(core, proposal.command) if undo is None else self._changes.still_on_trial(undo)
         if problem is not None:
-            return Staged(problem=problem, declined=True)
+            return Staged(problem=problem, declined=True, data=data)
         action = proposal.command.action
         if undo is None and isinstance(action, SetTunable) and core.tunables.may_raise(action.name):
             return self._try_out(action)
-        return Staged(loaded=loaded)
+        return Staged(loaded=loaded, data=data)
 
     def _try_out(self, action: SetTunable) -> Staged:
         """The script's own callback is the one thing about a tunable that may fail: on every rank before it counts."""
@@ -239,7 +243,7 @@ class Actions:
                 return Outcome(ok=True, step=step, pending=True)
             case Rollback():
                 assert staged.loaded is not None
-                before, after = roll_back(core, staged.loaded, action, proposal)
+                before, after = roll_back(core, staged.loaded, action, proposal, staged.data)
             case Stop(preempted=None) if core.checkpointer is not None:
                 return self._save_and_stop(proposal)
             case Stop() | Abort():
@@ -428,73 +432,3 @@ def saved_here(core: Core) -> bool:
     save = core.newest_save
     here = (core.boundary.completed, core.incarnation)
     return save is not None and core.hold is None and (save.step, save.incarnation) == here
-
-
-def roll_back(core: Core, loaded: Loaded, action: Rollback, proposal: Proposal) -> tuple[Scalar, Scalar]:
-    """Restore what was loaded; the operator's newest overrides and tunables stay, unless asked otherwise."""
-    assert core.checkpointer is not None
-    from_step, from_incarnation = core.boundary.completed, core.incarnation
-    core.checkpointer.commit(loaded, restore_overrides=action.restore_overrides)
-    if action.lr_scale is not None and core.overrides is not None:
-        core.reverts.replaced_by(action)  # also those that came with the checkpoint
-        core.overrides.scale_lr(action.lr_scale)
-    core.steered()
-    step = position(core, loaded, skip=action.skip_batches)
-    core.incarnation = proposal.incarnation
-    begin_branch(core, parent=loaded.incarnation, after_step=step)
-    core.last_metrics.clear()  # those of the branch that is left are not this one's
-    core.last_metrics.update(loaded.metrics)
-    core.event(
-        RolledBack(
-            time=time.time(),
-            step=step,
-            incarnation=core.incarnation,
-            from_step=from_step,
-            from_incarnation=from_incarnation,
-            checkpoint=str(proposal.checkpoint),
-            skipped_batches=action.skip_batches,
-            lr_scale=action.lr_scale,
-            actor=proposal.actor,
-            from_memory=loaded.from_memory,
-        )
-    )
-    core.buffer.put(Rewind(step, core.incarnation, dict(loaded.metrics)))
-    for text in loaded.notes:
-        core.note("rollback", text)
-    return from_step, step
-
-
-def begin_branch(core: Core, *, parent: int = 0, after_step: int = 0) -> None:
-    """Write down where this incarnation begins, so that `last` and a restart never go back to an abandoned branch."""
-    if not core.place.leads or core.identity.problem is not None:
-        return
-    branch = Branch(incarnation=core.incarnation, parent=parent, after_step=after_step)
-    try:
-        record_branch(RunDir(core.identity.directory), branch)
-    except OSError as error:
-        core.complain("lineage", f"incarnation {core.incarnation} could not be written down: {error.strerror or error}")
-
-
-def position(core: Core, loaded: Loaded, *, skip: int = 0, tell: bool = True) -> int:
-    """Put counters, data and random state where a committed checkpoint says; return its step.
-
-    `tell` calls the script's on_rollback; at a resume the script has not begun, and starts from `run.step`.
-    """
-    step = int(core.counters["step"])
-    core.boundary.completed = step
-    core.row_step = step
-    core.ranges.rewind(step)
-    core.reverts.rewound(step)
-    if core.overrides is not None:
-        core.overrides.begin_anew(step)
-    if core.feed is not None:
-        own = None if loaded.same_ranks else capture_rng()
-        core.feed.reopen()
-        for left_out in (skip, 0):
-            # The replay drew from the generators, and so does an epoch that begins among what is skipped.
-            restore_rng(own) if own is not None else loaded.restore_rng()
-            core.feed.skip(left_out)
-    if tell and core.callbacks.on_rollback is not None:
-        core.callbacks.on_rollback(step)
-    loaded.restore_rng()  # last: making an iterator draws random numbers
-    return step

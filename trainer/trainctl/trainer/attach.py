@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from trainctl.trainer import fallback, steering
-from trainctl.trainer.actions import Actions, begin_branch, position, refusal
+from trainctl.trainer.actions import Actions, refusal
 from trainctl.trainer.agents import NodeAgent
 from trainctl.trainer.agreement import in_two_phases
 from trainctl.trainer.boundary import Boundary
@@ -47,6 +47,7 @@ from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
 from trainctl.trainer.preemption import Preemption, Signalled
 from trainctl.trainer.reach import Reach
+from trainctl.trainer.rolling_back import begin_branch, position
 from trainctl.trainer.sender import Sender
 from trainctl.trainer.tunables import Tunables
 from trainctl.wire.commands import CheckpointSave, Command, Rollback, SetTunable, spec_of
@@ -486,7 +487,11 @@ def run_info(script: Script, core: Core) -> RunInfo:
 
 def _hello(script: Script, core: Core) -> LinkHello:
     return LinkHello(
-        info=run_info(script, core), incarnation=core.incarnation, step=core.boundary.completed, pid=os.getpid()
+        info=run_info(script, core),
+        incarnation=core.incarnation,
+        step=core.boundary.completed,
+        pid=os.getpid(),
+        parent=core.parent,
     )
 
 

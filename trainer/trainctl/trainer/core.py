@@ -93,6 +93,7 @@ class Core:
     ranges: DataRanges = field(default_factory=DataRanges)
     checkpointer: Checkpointer | None = None
     incarnation: int = 1
+    parent: int = 0  # the incarnation that this one goes on from, 0: from none
     counters: dict[str, Any] = field(default_factory=dict)
     capabilities: dict[str, bool | str] = field(default_factory=dict)
     last_metrics: dict[str, float] = field(default_factory=dict)

@@ -9,10 +9,30 @@ ranks of now (`among`), and the epoch is opened anew by its number and replayed 
 one rank of the old job did, and belongs to none of the new ones.
 """
 
+import copy
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 Rng = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stand:
+    """Where a feed stands, with the open iterator: what `Feed.take` and `Feed.go_back` need to stand there again."""
+
+    epoch: int
+    batch: int
+    index: int
+    opens: int
+    last_set: int | None
+    iterator: Iterator[Any] | None = field(repr=False)
+    opened_with: Rng | None = field(repr=False)
+    loader: dict[str, Any] | None = field(default=None, repr=False)  # the loader's own state
+    drawn: list[torch.Tensor] = field(default_factory=list, repr=False)  # of the loader's own generators, now
+    drawn_before: list[torch.Tensor] = field(default_factory=list, repr=False)  # and when the epoch was opened
 
 
 def among(count: int, before: int, now: int) -> tuple[int, bool]:
@@ -48,6 +68,9 @@ class Feed:
         self._iterator: Iterator[Any] | None = None
         self._opened_with: Rng | None = None
         self._restored: dict[str, Any] | None = None
+        self._opens = 0
+        self._last_set: int | None = None
+        self._drawn_before: list[torch.Tensor] = []
         self.epoch = 0
         self.batch = 0
         self.index = 0
@@ -113,6 +136,59 @@ class Feed:
         for _ in range(count):
             self.next()
 
+    def stand(self) -> Stand:
+        """Where it stands now. Raises what the loader's own `state_dict` raises."""
+        open_now = self._iterator is not None
+        return Stand(
+            epoch=self.epoch,
+            batch=self.batch,
+            index=self.index,
+            opens=self._opens,
+            last_set=self._last_set,
+            iterator=self._iterator,
+            opened_with=self._opened_with,
+            loader=copy.deepcopy(self._loader.state_dict()) if open_now and self._keeps_state else None,
+            drawn=[generator.get_state() for generator in self._generators()],
+            drawn_before=self._drawn_before,
+        )
+
+    def take(self, stand: Stand) -> None:
+        """Stand there, with that iterator: nothing is read, and nothing can fail."""
+        self.epoch, self.batch, self.index = stand.epoch, stand.batch, stand.index
+        self._iterator, self._opened_with, self._restored = stand.iterator, stand.opened_with, None
+        self._last_set, self._drawn_before = stand.last_set, stand.drawn_before
+
+    def go_back(self, stand: Stand) -> None:
+        """Leave where it was moved to meanwhile, and stand there again.
+
+        The iterator of then is taken up, unless the loader has only one (persistent workers) or keeps its place itself:
+        then the epoch is opened anew, as after a rollback, which draws random numbers. Raises what the loader raises.
+        """
+        persistent = bool(getattr(self._loader, "persistent_workers", False))
+        wound = self._opens != stand.opens and (persistent or self._iterator is stand.iterator)
+        self.take(stand)
+        if stand.loader is not None:
+            self._loader.load_state_dict(stand.loader)
+            self._open()
+        elif stand.iterator is not None and wound:
+            self._draw_from(stand.drawn_before)
+            self._iterator = None
+            self._replay(stand.opened_with)
+        if not self._keeps_state:
+            self._draw_from(stand.drawn)
+        if stand.last_set is not None:
+            self._set_epoch(stand.last_set)
+
+    def _generators(self) -> list[torch.Generator]:
+        """Those that the loader was given, which are no one else's to put back."""
+        owners = (self._loader, getattr(self._loader, "sampler", None))
+        found = [getattr(owner, "generator", None) for owner in owners]
+        return [generator for generator in found if isinstance(generator, torch.Generator)]
+
+    def _draw_from(self, states: list[torch.Tensor]) -> None:
+        for generator, state in zip(self._generators(), states, strict=False):
+            generator.set_state(state)
+
     def _replay(self, rng: Rng | None) -> None:
         """Open the epoch and take from it what was seen of it, with the random state that its order was drawn from.
 
@@ -129,14 +205,20 @@ class Feed:
                 break
         self.index = index
 
-    def _open(self) -> None:
+    def _set_epoch(self, epoch: int) -> None:
         for holder in (
             self._loader,
             getattr(self._loader, "sampler", None),
             getattr(self._loader, "batch_sampler", None),
         ):
             if holder is not None and hasattr(holder, "set_epoch"):
-                holder.set_epoch(self.epoch)
+                holder.set_epoch(epoch)
                 break
+
+    def _open(self) -> None:
+        self._set_epoch(self.epoch)
+        self._last_set = self.epoch
         self._opened_with = None if self._keeps_state else self._capture_rng()
+        self._drawn_before = [generator.get_state() for generator in self._generators()]
+        self._opens += 1
         self._iterator = iter(self._loader)

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from trainctl.trainer import attach as attaching
 from trainctl.trainer import forks
-from trainctl.trainer.actions import begin_save, position
+from trainctl.trainer.actions import begin_save
 from trainctl.trainer.agreement import Position
 from trainctl.trainer.buffer import StepMark, floats_first
 from trainctl.trainer.checkpoint import MEMORY_CHECKPOINTS, Accessor, Retention
@@ -39,6 +39,7 @@ from trainctl.trainer.core import Callbacks
 from trainctl.trainer.evaluation import batches as evaluation_batches
 from trainctl.trainer.evaluation import evaluate
 from trainctl.trainer.preemption import farewell, listen
+from trainctl.trainer.rolling_back import position
 from trainctl.trainer.tunables import TunableValue, Value
 from trainctl.wire.messages import LinkBye, RunStateName
 from trainctl.wire.preemption import REQUEUE_EXIT_CODE

@@ -14,6 +14,10 @@ class RanksLost(CheckpointError):
     """The ranks could not hear one another; it says nothing about the checkpoint."""
 
 
+class UnreadFile(CheckpointError):
+    """The disk did not give a file of a checkpoint; it says nothing about what is in it."""
+
+
 def in_words(what: str, error: BaseException) -> str:
     """What failed and why, as an operator reads it."""
     if not isinstance(error, OSError) or error.strerror is None:

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from trainctl.trainer.checkpoint.capture import Captured
-from trainctl.trainer.checkpoint.errors import CheckpointError, RanksLost
+from trainctl.trainer.checkpoint.errors import CheckpointError, RanksLost, UnreadFile
 from trainctl.trainer.checkpoint.index import read_index
 from trainctl.trainer.checkpoint.ranks import Ranks
 from trainctl.trainer.checkpoint.resized import not_exact
@@ -27,6 +27,7 @@ from trainctl.trainer.checkpoint.tree import Node, decode
 from trainctl.wire.manifest import (
     DamagedCheckpoint,
     Manifest,
+    UnreadCheckpoint,
     list_checkpoints,
     read_manifest,
     read_vouched,
@@ -35,6 +36,7 @@ from trainctl.wire.manifest import (
 )
 
 _OPTIMIZER_STATE = re.compile(r"^optimizer\.(\d+)\.state\.(\d+)\.")
+_TRY_AGAIN = "nothing was changed; it may be whole: try again, or take an older one (trainctl checkpoint ls)"
 _REPLACE = "nothing was changed; roll back to an older checkpoint (trainctl checkpoint ls)"
 
 
@@ -101,13 +103,24 @@ def _no_reference(name: str, _device: str) -> Any:
 def read(directory: Path, checkpoint_id: str, *, ranks: Ranks, state: State, live: Captured) -> Loaded:
     """Verify and read a checkpoint for this rank. A collective. Raises CheckpointError, alike on all ranks."""
     path = directory / checkpoint_id
+    damage: str | None = None  # what this rank found, beside errors of the disk and of itself
+
+    def verified() -> Manifest:
+        nonlocal damage
+        try:
+            return _verified(path, checkpoint_id, ranks)
+        except CheckpointError as error:
+            damage = None if isinstance(error, UnreadFile) else str(error)
+            raise
+
     try:
-        manifest = ranks.together("the checkpoint cannot be verified", lambda: _verified(path, checkpoint_id, ranks))
+        manifest = ranks.together("the checkpoint cannot be verified", verified)
     except RanksLost:
         raise
-    except CheckpointError as error:
-        if ranks.first and path.is_dir():
-            remember_check(path, ok=False, text=str(error))
+    except CheckpointError:
+        found = [text for text in ranks.gather(damage) if text is not None]
+        if ranks.first and found and path.is_dir():
+            remember_check(path, ok=False, text=found[0])
         raise
     if ranks.first:
         remember_check(path, ok=True, text="every file has the size and hash of the manifest")
@@ -122,6 +135,8 @@ def _verified(path: Path, checkpoint_id: str, ranks: Ranks) -> Manifest:
         manifest = read_manifest(path)
         names = [file.name for file in sorted(manifest.files, key=lambda file: -file.bytes)]
         verify(path, only=names[ranks.rank :: ranks.world_size])
+    except UnreadCheckpoint as error:
+        raise UnreadFile(f"{error}; {_TRY_AGAIN}{_older(path)}") from None
     except DamagedCheckpoint as error:
         raise CheckpointError(f"{error}; {_REPLACE}{_older(path)}") from None
     if manifest.id != checkpoint_id:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from trainctl.trainer.checkpoint.errors import CheckpointError
-from trainctl.wire.manifest import list_checkpoints, ranked
+from trainctl.wire.manifest import UnreadCheckpoint, list_checkpoints, ranked
 from trainctl.wire.messages import BestBy, CheckpointInfo, Trouble
 from trainctl.wire.removal import last_good, remove, remove_marks, verify_last_good
 
@@ -128,7 +128,10 @@ def prune(
     checkpoints = list_checkpoints(directory)
     if not expired(checkpoints, policy, progress=progress, protected=protected):
         return []
-    damaged = verify_last_good(directory)
+    try:
+        damaged = verify_last_good(directory)
+    except UnreadCheckpoint as error:
+        raise CheckpointError(f"{error}; no older checkpoint was deleted") from None
     if damaged:
         raise CheckpointError(f"{', '.join(sorted(damaged))} turned out to be damaged; no older checkpoint was deleted")
     checkpoints = list_checkpoints(directory)  # verifying takes its time: what was pinned meanwhile stays
