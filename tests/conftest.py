@@ -15,6 +15,12 @@ settings.register_profile("others", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Where no file was named, leave out what takes minutes; whoever names one wants all that is in it."""
+    if not config.option.markexpr and config.args_source is not pytest.Config.ArgsSource.ARGS:
+        config.option.markexpr = "not thorough"
+
+
 @pytest.fixture(autouse=True)
 def own_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Give every test its own state, configuration and socket directories."""
