@@ -143,7 +143,9 @@ class TestData:
         for step in range(1, 6):
             ranges.took(2 * step)
             ranges.took(2 * step + 1)
+            assert ranges.begun
             assert ranges.close(step) == (2 * step, 2 * step + 1)
+            assert not ranges.begun
         assert (ranges.of(5), ranges.of(3), ranges.of(2)) == ((10, 11), (6, 7), None), "a bounded record"
         assert ranges.close(6) is None, "a step of no batch of ours"
 
