@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -160,7 +160,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
 
 @pytest.fixture
 def keeper(tmp_path: Path) -> PatientKeeper:
-    made = PatientKeeper(tmp_path, JournalIndex(tmp_path), Disk(patience_s=0.05))
+    made = PatientKeeper(tmp_path, JournalIndex(tmp_path), Disk(patience_s=0.05), lambda settle: settle())
     made.begin_attempt(1)
     return made
 
@@ -224,6 +224,35 @@ def test_closing_waits_for_the_disk_and_writes_all(keeper: PatientKeeper, gate: 
     threading.Timer(0.2, gate.open.set).start()
     keeper.close()
     assert list(read_journal(tmp_path)) == [b"\x01", b"\x02", b"\x03"]
+
+
+def test_events_are_written_at_once_and_all_else_in_one_go_before_the_next_turn(tmp_path: Path) -> None:
+    turn: list[Callable[[], None]] = []
+    keeper = PatientKeeper(tmp_path, JournalIndex(tmp_path), Disk(), turn.append)
+    keeper.append(b"a", "metrics", 1)
+    keeper.append(b"b", "metrics", 2)
+    assert (list(read_journal(tmp_path)), len(turn)) == ([], 1)
+    turn.pop()()
+    assert list(read_journal(tmp_path)) == [b"a", b"b"]
+    keeper.append(b"c", "metrics", 3)
+    keeper.append(b"d", "events", 1)
+    assert list(read_journal(tmp_path)) == [b"a", b"b", b"c", b"d"]
+    keeper.append(b"e", "nodes", 1)
+    assert keeper.safe_to_index, "an index has all that was recorded, and so has the journal"
+    assert list(read_journal(tmp_path))[-1] == b"e"
+    keeper.close()
+
+
+def test_what_waits_when_another_hub_took_over_is_not_written(
+    keeper: PatientKeeper, gate: Gate, tmp_path: Path
+) -> None:
+    gate.open.clear()
+    keeper.append(b"before", "metrics", 1)
+    keeper.append(b"meanwhile", "metrics", 2)
+    keeper.give_up()
+    gate.open.set()
+    keeper.close()
+    assert list(read_journal(tmp_path)) == [b"before"]
 
 
 @pytest.mark.parametrize(("number", "gone"), [(errno.ESTALE, True), (errno.EIO, False), (errno.ETIMEDOUT, False)])

@@ -178,7 +178,7 @@ class Endings:
             return f"trainctl run cannot be told ({error.strerror} in {directory}); nothing was changed"
         if await asyncio.to_thread(wait_until_taken, directory, _TAKEN_S) or ending.what == "abort":
             return None
-        if drop_request(directory, command.id):
+        if await asyncio.to_thread(drop_request, directory, command.id):
             return (
                 f"trainctl run did not take the request within {_TAKEN_S:.0f} s (is it stopped?); nothing was changed: "
                 "let it go on, or use abort --now"

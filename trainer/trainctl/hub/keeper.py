@@ -104,6 +104,9 @@ class JournalKeeper:
         except OSError:
             pass  # it cannot be read, which whoever reads the journal tells
 
+    def settle(self) -> None:
+        """Write what waits for the loop's next turn: see `PatientKeeper`."""
+
     def retry(self) -> bool:
         """Try again what failed; true when the journal is whole up to now."""
         self._give_up_failed()

@@ -32,7 +32,6 @@ class Ownership:
         too while the directory does not say."""
         now = time.monotonic()
         if self._held and (look or now - self._checked_at >= _CHECK_S):
-            self._checked_at = now
             try:
                 self._disk.do(self._look)
             except DiskHangs:
@@ -40,7 +39,9 @@ class Ownership:
                 return self._held and not look
             except OSError:
                 # It may be silent to us alone: then a newer hub is possible, and what cannot be taken back has to wait.
+                self._checked_at = now
                 return self._held and not look
+            self._checked_at = now
         return self._held
 
     def _look(self) -> None:

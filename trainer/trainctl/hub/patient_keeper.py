@@ -14,18 +14,25 @@ from trainctl.store.journal import JournalIndex
 
 T = TypeVar("T")
 
+_TURN_BYTES = 1024 * 1024
+
 
 class PatientKeeper(JournalKeeper):
     """A keeper whose methods come back within a moment, also while the disk hangs; `sync` alone is for another thread,
     and takes what it takes.
 
-    As long as the disk answers, an envelope is in the journal when `append` returns. When it does not, envelopes wait
-    here in order, at most 64 MiB of them, and are written by the first `append` or `settle` after it does again.
-    Nothing of what waits counts as written: rank 0 is told of none of it, and keeps it.
+    As long as the disk answers, an event is in the journal when `append` returns, and everything else before the loop
+    has its next turn: to hand every envelope to another thread by itself costs more than to write it. While the disk
+    does not answer, envelopes wait here in order, at most 64 MiB of them, and are written by the first `settle` after
+    it does again. Nothing of what waits counts as written: rank 0 is told of none of it, and keeps it.
     """
 
-    def __init__(self, directory: Path, index: JournalIndex, disk: Disk) -> None:
+    def __init__(
+        self, directory: Path, index: JournalIndex, disk: Disk, soon: Callable[[Callable[[], None]], object]
+    ) -> None:
+        """`soon` has something done at the loop's next turn."""
         self._disk = disk
+        self._soon = soon
         self._later: deque[Waiting] = deque()
         self._later_bytes = 0
         self._writing: deque[Waiting] = deque()  # what the disk's thread is at; shared with it
@@ -43,17 +50,24 @@ class PatientKeeper(JournalKeeper):
     def append(self, encoded: bytes, stream: str, seq: int, link: int = 0, attempt: int = 0) -> None:
         self._later.append(Waiting(encoded=encoded, stream=stream, seq=seq, link=link, attempt=attempt))
         self._later_bytes += len(encoded)
-        self.settle()
+        if stream == "events" or self._later_bytes > _TURN_BYTES:
+            self.settle()
+        elif len(self._later) == 1:
+            self._soon(self.settle)
         while self._later_bytes > BACKLOG_BYTES:
             self._later_bytes -= len(self._later.popleft().encoded)
             self.lost += 1
 
     def settle(self) -> None:
-        """Write what waits, unless the disk is still at something else."""
         if self._later and not self._disk.busy:
             self._hand_over()
             with contextlib.suppress(DiskHangs):  # it goes on
                 self._disk.do(self._write_all)
+
+    def give_up(self) -> None:
+        """Another hub took over while the disk hung: it gets from rank 0 what waits here, and nothing is written."""
+        self._later.clear()
+        self._later_bytes = 0
 
     def retry(self) -> bool:
         self.settle()
@@ -86,6 +100,7 @@ class PatientKeeper(JournalKeeper):
         return super().written_link if self._begun_attempt == self._wanted_attempt else 0
 
     def unwritten_link(self) -> int | None:
+        self.settle()
         if self._disk.busy:
             waiting = [*list(self._backlog), *list(self._writing), *self._later]
         else:
@@ -97,6 +112,7 @@ class PatientKeeper(JournalKeeper):
 
     @property
     def safe_to_index(self) -> bool:
+        self.settle()
         return not self._disk.busy and not self._later and super().safe_to_index
 
     # --- in the disk's thread, all but the first

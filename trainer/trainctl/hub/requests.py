@@ -81,6 +81,7 @@ class Requests:
     def recorded(self, stream: Stream, first: int, last: int) -> list[bytes] | None:
         if self._keeper.hangs:
             return None  # a snapshot has what is new, and everybody else shall not wait
+        self._keeper.settle()
         try:
             return self._keeper.index.read(stream, first, last) or None
         except OSError as error:

@@ -72,7 +72,7 @@ class Hub:
         self._ownership = Ownership(run_dir, disk)
         index = JournalIndex(run_dir.journal)
         self._record = _load(options, run_dir, index)
-        self._keeper = PatientKeeper(run_dir.journal, index, disk)
+        self._keeper = PatientKeeper(run_dir.journal, index, disk, asyncio.get_running_loop().call_soon)
         self._card = new_card(
             run_id=options.run_id, name=options.name, epoch=self._ownership.epoch, directory=str(run_dir.path)
         )
@@ -222,6 +222,8 @@ class Hub:
         await self._agents.close()
         await self._desk.close()
         self._listener.close()
+        if not self._ownership.held():
+            self._keeper.give_up()
         self._keeper.close()
         self._server.close()
         remove_card(self._card)

@@ -42,7 +42,12 @@ class Access:
 
     def missed(self, first: int, last: int) -> list[Envelope]:
         """Some of the metrics' envelopes from `first` on, empty where they are not in the journal. Raises OSError."""
-        encoded = self._ask_the_disk(lambda: self._keeper.index.read("metrics", first, last, _READ_BYTES))
+
+        def read() -> list[bytes]:
+            self._keeper.settle()
+            return self._keeper.index.read("metrics", first, last, _READ_BYTES)
+
+        encoded = self._ask_the_disk(read)
         found = []
         for payload in encoded:
             try:
