@@ -174,7 +174,7 @@ def test_what_waits_for_the_disk_counts_as_written_only_when_it_is_and_keeps_its
     keeper: PatientKeeper, gate: Gate, tmp_path: Path
 ) -> None:
     keeper.append(b"\x00", "metrics", 1, 1, 1)
-    until(lambda: keeper.written_link == 1)
+    until(keeper.sync)
     gate.open.clear()
     for number in range(2, 6):
         keeper.append(bytes([number]), "metrics", number, number, 1)
@@ -184,7 +184,9 @@ def test_what_waits_for_the_disk_counts_as_written_only_when_it_is_and_keeps_its
         keeper.full_segments()
     gate.open.set()
     until(lambda: settled(keeper))
-    assert (keeper.written_link, keeper.unwritten_link(), keeper.lost) == (5, None, 0)
+    assert (keeper.written_link, keeper.unwritten_link()) == (5, 2), "written, and not synced"
+    assert keeper.sync()
+    assert (keeper.synced_link, keeper.unwritten_link(), keeper.lost) == (5, None, 0)
     assert list(read_journal(tmp_path)) == [b"\x00", *(bytes([number]) for number in range(2, 6))]
     keeper.close()
 

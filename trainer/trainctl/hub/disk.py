@@ -45,7 +45,7 @@ class Disk:
         self._jobs: SimpleQueue[_Job[object]] = SimpleQueue()
         self._newest: _Job[object] | None = None
         self._began: float | None = None
-        self._started = False
+        self._thread: threading.Thread | None = None
 
     @property
     def busy(self) -> bool:
@@ -62,8 +62,11 @@ class Disk:
         """Have the work done and return its result; raises what it raises.
 
         Raises `DiskHangs` at once where the disk is still at something else: then nothing is done; and after a moment
-        where it is at this: then it goes on. Whoever needs to know that it was done notes it in the work itself.
+        where it is at this: then it goes on. Whoever needs to know that it was done notes it in the work itself. What
+        such work asks for in turn is done on the spot.
         """
+        if threading.current_thread() is self._thread:
+            return work()
         if self.busy:
             raise DiskHangs
         return self._wait(self._put(work), self._patience_s)
@@ -80,9 +83,9 @@ class Disk:
             job.waiting.acquire(timeout=self._patience_s)
 
     def _put(self, work: Callable[[], T]) -> _Job[T]:
-        if not self._started:
-            self._started = True
-            threading.Thread(target=self._run, daemon=True, name="hub-disk").start()
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True, name="hub-disk")
+            self._thread.start()
         job = _Job(work)
         job.waiting.acquire()
         self._newest = job  # type: ignore[assignment]

@@ -99,15 +99,19 @@ class PatientKeeper(JournalKeeper):
     def written_link(self) -> int:
         return super().written_link if self._begun_attempt == self._wanted_attempt else 0
 
+    @property
+    def synced_link(self) -> int:
+        return super().synced_link if self._begun_attempt == self._wanted_attempt else 0
+
     def unwritten_link(self) -> int | None:
         self.settle()
-        if self._disk.busy:
-            waiting = [*list(self._backlog), *list(self._writing), *self._later]
-        else:
-            oldest = super().unwritten_link()
-            if oldest is not None:
-                return oldest
-            waiting = list(self._later)
+        if not self._disk.busy:
+            return super().unwritten_link()
+        if self.synced_link:
+            return self.synced_link + 1  # the next one, if there is one: nothing after it was proved
+        # The disk's thread moves them from each of these to the next: looked at in this order, none is missed.
+        later, writing, backlog = list(self._later), list(self._writing), list(self._backlog)
+        waiting = [*self._unproven.waiting(), *backlog, *writing, *later]
         return next((item.link for item in waiting if item.link and item.attempt == self._wanted_attempt), None)
 
     @property
