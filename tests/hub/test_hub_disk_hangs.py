@@ -10,9 +10,22 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hub_double import Heard, Rank, first_reply, following, hub_running, peer_of, rank_linked, request, rows, snapshot
+from hub_double import (
+    Heard,
+    Rank,
+    first_reply,
+    following,
+    hub_running,
+    info,
+    peer_of,
+    rank_linked,
+    request,
+    rows,
+    snapshot,
+)
 from test_hub_alerts import Pager
 
 from trainctl.hub import patient_keeper
@@ -20,12 +33,16 @@ from trainctl.hub.disk import Disk, DiskHangs
 from trainctl.hub.keeper import JournalKeeper
 from trainctl.hub.ownership import Ownership
 from trainctl.hub.patient_keeper import PatientKeeper
+from trainctl.hub.requests import Requests
+from trainctl.hub.sinks.access import Access
 from trainctl.store import journal
 from trainctl.store.journal import JournalIndex, read_journal
+from trainctl.store.record import RunRecord
 from trainctl.store.replay import load_record
 from trainctl.wire.commands import AddNote
-from trainctl.wire.messages import Anomaly, Beat, Envelope, LinkAck, Rows
+from trainctl.wire.messages import Anomaly, Beat, Envelope, History, HistoryRequest, LinkAck, Rows
 from trainctl.wire.rundir import RunDir
+from trainctl.wire.server import Refusal
 from waiting import until
 
 HANGING = str(Path(__file__).with_name("hanging_disk.py"))
@@ -82,7 +99,7 @@ def test_while_the_disk_hangs_heartbeats_go_on_and_it_is_told_to_followers_and_t
         await beats(heard, 3)
         async with peer_of(card) as late:  # type: ignore[arg-type]
             assert (await snapshot(late)).metrics["loss"].step == 5, "whoever joins now sees the run"
-        assert acknowledgements(rank) == [], "rank 0 keeps what is on no disk"
+        assert all(link <= 1 for link in acknowledgements(rank)), "rank 0 keeps what is on no disk"
         assert recorded(run_dir) == [1, 2, 3]
 
         flag.unlink()
@@ -273,6 +290,35 @@ def test_a_file_server_that_forgot_the_journal_or_fails_ends_no_hub(
     assert keeper.retry()
     keeper.append(b"x", "metrics", 1)
     keeper.close()
+
+
+class Hanging:
+    """A keeper's word that the disk hangs, with a journal of which a part is packed."""
+
+    hangs = True
+    index = JournalIndex(Path())
+
+
+def test_charts_of_what_only_the_disk_has_are_refused_with_the_reason_and_nobody_waits(tmp_path: Path) -> None:
+    keeper: Any = Hanging()
+    recorder: Any = type("Recorder", (), {"record": RunRecord(info(tmp_path))})()
+    nobody: Any = None
+    requests = Requests(
+        recorder=recorder, keeper=keeper, audit=nobody, run_dir=RunDir(tmp_path), desk=nobody, server=nobody
+    )
+
+    async def scenario() -> None:
+        ask = HistoryRequest(req=1, metrics=["loss"])
+        assert isinstance(await requests.handle(ask, nobody), History), "all of it is in memory"
+        keeper.index.skip("metrics", 7)
+        with pytest.raises(Refusal, match="does not answer") as refused:
+            await requests.handle(ask, nobody)
+        assert refused.value.code == "disk_hangs"
+        assert requests.recorded("metrics", 8, 9) is None
+        with pytest.raises(DiskHangs):
+            await asyncio.to_thread(Access(recorder=recorder, keeper=keeper).missed, 8, 9)
+
+    asyncio.run(scenario())
 
 
 # --- who may write
