@@ -22,7 +22,7 @@ from trainctl.wire.commands import (
     SetTunable,
     Stop,
 )
-from trainctl.wire.messages import Note, StateChanged
+from trainctl.wire.messages import Note, RolledBack, StateChanged
 
 ANSWER = {"schema", "id", "command", "run", "state", "step", "incarnation", "before", "after", "ranks", "reason"}
 
@@ -89,6 +89,52 @@ def test_history_gives_rows_and_rollups() -> None:
         assert invoke("history", "loss", "--csv").stdout.splitlines()[0] == "metric,step,time,value,incarnation"
         assert len(invoke("history", "loss", "--csv").stdout.splitlines()) == 51
         assert invoke("history", "loss", "--csv", "--json").exit_code == 2
+
+
+def test_history_of_a_directory_lists_the_metrics_of_a_run_that_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hub() as running:
+        running.publish(rows(1, 5, loss=1.0))
+        running.publish(rows(2, 3, **{"val/loss": 2.0, "worst": float("nan")}))
+        running.publish(RolledBack(time=9.0, step=3, incarnation=2, from_step=5, from_incarnation=1, checkpoint="c"))
+        running.publish(rows(4, 5, incarnation=2, loss=7.0))
+        live = answer("history")
+        write_journal(running)
+    directory = running.info.dir
+    listed = answer("history", directory)
+    assert listed == live
+    assert (listed["run"], [one["metric"] for one in listed["metrics"]]) == ("gpt", ["loss", "val/loss", "worst"])
+    loss, val, worst = listed["metrics"]
+    assert loss == {"metric": "loss", "count": 5, "step": 5, "time": loss["time"], "value": 7.005, "incarnation": 2}
+    assert (val["count"], val["step"], val["value"], worst["value"]) == (2, 3, 2.003, "nan")
+    assert [one["count"] for one in answer("history", directory, "--from-step", "4")["metrics"]] == [2]
+
+    lines = invoke("history", directory).stdout.splitlines()
+    assert [line.split() for line in lines] == [
+        ["metric", "count", "step", "last", "incarnation"],
+        ["loss", "5", "5", "7.005", "2"],
+        ["val/loss", "2", "3", "2.003", "1"],
+        ["worst", "2", "3", "nan", "1"],
+    ]
+    assert invoke("history", directory, "--csv").stdout.startswith(
+        "metric,count,step,time,value,incarnation\nloss,5,5,"
+    )
+    assert len(answer("history", directory, "val/loss")["val/loss"]) == 2
+    monkeypatch.chdir(Path(directory).parent)
+    assert len(answer("history", Path(directory).name, "loss")["loss"]) == 5, "a run's directory by its name"
+
+    assert invoke("history", directory, "--points", "5").exit_code == 2
+    assert invoke("history", directory, "-r", "another").exit_code == 2
+    assert "run.json" in error("history", str(tmp_path), code=3)["message"]
+    assert "/no/such is no directory" in error("history", "/no/such", code=3)["message"]
+
+
+def test_a_metric_that_looks_like_a_path_stays_a_metric() -> None:
+    with hub() as running:
+        running.publish(rows(1, 2, **{"/loss": 1.0, "train/loss": 2.0}))
+        assert len(answer("history", "/loss")["/loss"]) == 2
+        assert len(answer("history", "train/loss", "/loss")["train/loss"]) == 2
 
 
 def test_nan_in_a_history_is_a_word() -> None:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -59,9 +59,16 @@ CAPABILITIES: dict[str, bool | str] = {
 class HubProcess:
     """`python -m trainctl.hub` for one run."""
 
-    def __init__(self, run_dir: Path, *, linger_s: float = 30.0, env: dict[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        linger_s: float = 30.0,
+        env: dict[str, str] | None = None,
+        program: Sequence[str] = ("-P", "-m", "trainctl.hub"),
+    ) -> None:
         self.log = run_dir.parent / "hub-test.log"
-        command = [sys.executable, "-P", "-m", "trainctl.hub", "--run-dir", str(run_dir), "--run-id", RUN]
+        command = [sys.executable, *program, "--run-dir", str(run_dir), "--run-id", RUN]
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 [*command, "--name", "demo", "--linger-s", str(linger_s)],
@@ -94,8 +101,14 @@ class HubProcess:
 
 
 @contextlib.contextmanager
-def hub_running(run_dir: Path, *, linger_s: float = 30.0, env: dict[str, str] | None = None) -> Iterator[HubProcess]:
-    hub = HubProcess(run_dir, linger_s=linger_s, env=env)
+def hub_running(
+    run_dir: Path,
+    *,
+    linger_s: float = 30.0,
+    env: dict[str, str] | None = None,
+    program: Sequence[str] = ("-P", "-m", "trainctl.hub"),
+) -> Iterator[HubProcess]:
+    hub = HubProcess(run_dir, linger_s=linger_s, env=env, program=program)
     try:
         hub.card()
         yield hub

@@ -4,13 +4,16 @@ import contextlib
 import errno
 import os
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import pytest
 
 from trainctl.hub import keeper as keeper_module
+from trainctl.hub.disk import Disk
 from trainctl.hub.keeper import JournalKeeper
+from trainctl.hub.patient_keeper import PatientKeeper
 from trainctl.store import journal
 from trainctl.store.journal import JournalIndex
 from trainctl.store.record import RunRecord
@@ -19,9 +22,23 @@ from trainctl.wire import codec
 from trainctl.wire.messages import Envelope, Note, RunInfo
 
 
+def patient(directory: Path, index: JournalIndex) -> JournalKeeper:
+    """The one that a hub has, whose disk may hang."""
+    return PatientKeeper(directory, index, Disk(patience_s=30), lambda settle: settle())
+
+
+Make = Callable[[Path, JournalIndex], JournalKeeper]
+
+
+@pytest.fixture(params=[JournalKeeper, patient], ids=["plain", "patient"])
+def make(request: pytest.FixtureRequest) -> Make:
+    made: Make = request.param
+    return made
+
+
 @pytest.fixture
-def keeper(tmp_path: Path) -> JournalKeeper:
-    return JournalKeeper(tmp_path, JournalIndex(tmp_path))
+def keeper(tmp_path: Path, make: Make) -> JournalKeeper:
+    return make(tmp_path, JournalIndex(tmp_path))
 
 
 def full(*_: object) -> int:
@@ -134,11 +151,11 @@ def recorded(directory: Path) -> list[int]:
 @pytest.mark.parametrize("dropped", [slice(None), slice(50, 300), slice(0, 0)])
 @pytest.mark.parametrize("segments_of", [journal.SEGMENT_BYTES, 500])
 def test_what_a_failed_sync_dropped_is_appended_again_before_more_is_acknowledged(
-    tmp_path: Path, dropped: slice, segments_of: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make: Make, dropped: slice, segments_of: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pages = Pages(monkeypatch)
     monkeypatch.setattr(keeper_module, "JournalWriter", partial(journal.JournalWriter, segment_bytes=segments_of))
-    keeper = JournalKeeper(tmp_path / "journal", JournalIndex(tmp_path / "journal"))
+    keeper = make(tmp_path / "journal", JournalIndex(tmp_path / "journal"))
     keeper.begin_attempt(1)
     notes(keeper, 1, 10)
     assert keeper.sync()
@@ -178,14 +195,14 @@ def test_of_two_syncs_at_once_none_succeeds_behind_one_that_failed(
 
 
 def test_what_the_sync_of_a_hub_that_was_killed_never_proved_is_proved_or_appended_again_by_the_next(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = tmp_path / "journal"
-    killed = JournalKeeper(directory, JournalIndex(directory))
+    killed = make(directory, JournalIndex(directory))
     notes(killed, 1, 10)
     pages = Pages(monkeypatch)
     pages.dropped = slice(0, 0)  # not yet: it gives them once more
-    following = JournalKeeper(directory, JournalIndex(directory))
+    following = make(directory, JournalIndex(directory))
     following.begin_attempt(1)
     assert pages.dropped is None, "the segment of the hub before was synced"
     assert following.unwritten_link() == 1
@@ -198,9 +215,11 @@ def test_what_the_sync_of_a_hub_that_was_killed_never_proved_is_proved_or_append
     killed.close()
 
 
-def test_a_sync_that_fails_at_the_end_is_made_up_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sync_that_fails_at_the_end_is_made_up_for(
+    tmp_path: Path, make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pages = Pages(monkeypatch)
-    keeper = JournalKeeper(tmp_path / "journal", JournalIndex(tmp_path / "journal"))
+    keeper = make(tmp_path / "journal", JournalIndex(tmp_path / "journal"))
     notes(keeper, 1, 10)
     pages.dropped = slice(None)
     keeper.close()

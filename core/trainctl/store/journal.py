@@ -230,8 +230,16 @@ class JournalWriter:
 
     @property
     def removed(self) -> bool:
-        """Whether somebody deleted the segment that is being written: what is appended then vanishes with us."""
-        return os.fstat(self._fd).st_nlink == 0
+        """Whether somebody deleted the segment that is being written: what is appended then vanishes with us.
+
+        Raises OSError.
+        """
+        try:
+            return os.fstat(self._fd).st_nlink == 0
+        except OSError as error:
+            if error.errno == errno.ESTALE:  # how a file server says so
+                return True
+            raise
 
     def close(self) -> None:
         """Sync and close; the writer is of no use afterwards. Waits for a sync that another thread is at."""

@@ -7,7 +7,8 @@ link       the AF_UNIX socket to rank 0, and the line to it while there is one
 attendance rank 0 comes, speaks, goes, dies, comes back
 board      where the run stands, told when it changes
 recorder   one funnel: number, journal, apply, publish
-keeper     the journal on disk, and what to do while it cannot be written
+keeper     the journal on disk, and what to do while it cannot be written; patient_keeper: while the disk hangs
+disk       the one thread that goes to the run's directory, for the loop; log_thread for hub.log
 trouble    tells when the run's directory cannot be written
 ownership  whether this hub is still the one that may write
 life       the state of the run (pure), with `stalled`

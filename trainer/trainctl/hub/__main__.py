@@ -6,9 +6,11 @@ import logging
 import os
 import signal
 import sys
+from logging.handlers import QueueListener
 from pathlib import Path
 
 from trainctl.hub.link import LinkListener, LinkTaken
+from trainctl.hub.log_thread import log_aside
 from trainctl.hub.service import Hub, Options
 from trainctl.wire.paths import UnsafePath, link_socket
 from trainctl.wire.rundir import RUN_ID
@@ -31,7 +33,7 @@ def _options(arguments: list[str] | None) -> Options:
     return Options(run_dir=given.run_dir, run_id=given.run_id, name=given.name, linger_s=given.linger_s)
 
 
-async def _serve(options: Options) -> int:
+async def _serve(options: Options, told: QueueListener) -> int:
     loop = asyncio.get_running_loop()
     try:
         listener = LinkListener(link_socket(options.run_id))
@@ -44,7 +46,7 @@ async def _serve(options: Options) -> int:
     await hub.run()
     if hub.sinks_left_behind:
         # A library that hangs would keep the interpreter from ending, by its threads or its exit handlers.
-        logging.shutdown()
+        told.stop()
         os._exit(0)
     return 0
 
@@ -52,15 +54,15 @@ async def _serve(options: Options) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run a hub until its run is over; 0 then, 1 when it cannot serve."""
     options = _options(arguments)
-    logging.basicConfig(
-        level=logging.INFO, stream=sys.stderr, format="%(asctime)s hub[%(process)d] %(levelname)s %(message)s"
-    )
+    told = log_aside()
     os.nice(max(0, _NICE - os.nice(0)))
     try:
-        return asyncio.run(_serve(options))
+        return asyncio.run(_serve(options, told))
     except (UnsafePath, InsecureServer, OSError) as error:
         log.error("the hub cannot serve, training goes on without it: %s", error)
         return 1
+    finally:
+        told.stop()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import time
 
 import msgspec
 
+from trainctl.hub.disk import Disk, DiskHangs
 from trainctl.hub.life import RunLife, change
 from trainctl.hub.ownership import Ownership
 from trainctl.hub.recorder import Recorder
@@ -18,14 +19,26 @@ log = logging.getLogger(__name__)
 class RunBoard:
     """Keeps the record's state and `run.json` in step with what is known."""
 
-    def __init__(self, *, recorder: Recorder, server: Server, run_dir: RunDir, ownership: Ownership) -> None:
+    def __init__(
+        self, *, recorder: Recorder, server: Server, run_dir: RunDir, ownership: Ownership, disk: Disk
+    ) -> None:
         self.life = RunLife(recorder.record.state)
-        self.info_written = True
+        self._info_on_disk: RunInfo | None = recorder.record.info
         self._recorder = recorder
         self._record = recorder.record
         self._server = server
         self._run_dir = run_dir
         self._ownership = ownership
+        self._disk = disk
+
+    @property
+    def info_written(self) -> bool:
+        """Whether run.json is what it should be."""
+        return self._info_on_disk is self._record.info
+
+    def info_gone(self) -> None:
+        """Somebody deleted run.json."""
+        self._info_on_disk = None
 
     @property
     def state(self) -> RunState:
@@ -87,19 +100,24 @@ class RunBoard:
     def take_info(self, info: RunInfo) -> None:
         """The run's particulars, into the snapshot and into run.json."""
         self._record.info = info
-        self.info_written = False
         self.write_info()
 
     def write_info(self) -> None:
         """Write run.json if it is not up to date; where that fails, `info_written` stays false."""
         if self.info_written or not self._ownership.held():
             return
+        info = self._record.info
+
+        def write() -> None:
+            write_atomic(self._run_dir.info_file, msgspec.json.encode(info))
+            self._info_on_disk = info
+
         try:
-            write_atomic(self._run_dir.info_file, msgspec.json.encode(self._record.info))
+            self._disk.do(write)
+        except DiskHangs:
+            pass  # it goes on, or is tried again by whoever looks at `info_written`
         except OSError as error:
             log.warning("run.json cannot be written: %s", error)
-        else:
-            self.info_written = True
 
     def anomaly(self, what: str, text: str, severity: Severity) -> None:
         """Something an operator should know."""

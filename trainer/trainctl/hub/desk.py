@@ -271,7 +271,7 @@ class CommandDesk:
             self._say(opened, Event.REJECTED, reason=f"checkpoint {target} is gone")
             return
         try:
-            pin(self._run_dir.checkpoints / found.id, pinned=pinned)
+            await asyncio.to_thread(pin, self._run_dir.checkpoints / found.id, pinned=pinned)
         except OSError as error:
             self._say(opened, Event.FAILED, reason=f"the mark of {found.id} cannot be written: {error.strerror}")
             return

@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 from trainctl.hub.agents import AgentRelay
 from trainctl.hub.board import RunBoard
+from trainctl.hub.disk import Disk, DiskHangs
 from trainctl.hub.starts_again import StartsAgain
 from trainctl.wire.commands import Act, Command, CommandState, EndRanks, Restart
 from trainctl.wire.launcher import EndRequest, drop_request, request_ending, wait_until_taken
@@ -74,10 +75,13 @@ class _Heard:
 class Endings:
     """Ends attempts and says why they ended, for as long as they are the newest."""
 
-    def __init__(self, *, board: RunBoard, agents: AgentRelay, run_dir: RunDir, starts_again: StartsAgain) -> None:
+    def __init__(
+        self, *, board: RunBoard, agents: AgentRelay, run_dir: RunDir, starts_again: StartsAgain, disk: Disk
+    ) -> None:
         self._board = board
         self._agents = agents
         self._run_dir = run_dir
+        self._disk = disk
         self._starts_again = starts_again
         self._ending: Ending | None = None
         self._busy = asyncio.Lock()
@@ -174,7 +178,7 @@ class Endings:
             return f"trainctl run cannot be told ({error.strerror} in {directory}); nothing was changed"
         if await asyncio.to_thread(wait_until_taken, directory, _TAKEN_S) or ending.what == "abort":
             return None
-        if drop_request(directory, command.id):
+        if await asyncio.to_thread(drop_request, directory, command.id):
             return (
                 f"trainctl run did not take the request within {_TAKEN_S:.0f} s (is it stopped?); nothing was changed: "
                 "let it go on, or use abort --now"
@@ -206,8 +210,14 @@ class Endings:
             self.become(ending)
 
     def preempted(self, attempt: int) -> str | None:
-        """Why `trainctl run` ended the ranks, if the machine was taken away before they reached a boundary."""
-        told = read_preempted(self._run_dir.path, attempt)
+        """Why `trainctl run` ended the ranks, if the machine was taken away before they reached a boundary.
+
+        While the disk hangs nobody knows, and None is said.
+        """
+        try:
+            told = self._disk.do(lambda: read_preempted(self._run_dir.path, attempt))
+        except DiskHangs:
+            return None
         if told is None:
             return None
         self._board.become(self._board.life.ended_by("preempted", told.reason, time.time()))

@@ -7,12 +7,16 @@ acknowledged.
 
 import contextlib
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from trainctl.hub.unproven import Unproven, Waiting
 from trainctl.store.frames import recorded_segments
 from trainctl.store.journal import JournalIndex, JournalWriter
 from trainctl.store.tails import Unsynced, cut_back, sync_recorded
+
+T = TypeVar("T")
 
 BACKLOG_BYTES = 64 * 1024 * 1024
 
@@ -45,6 +49,15 @@ class JournalKeeper:
         self._open()
         if self._backlog:
             self.retry()
+
+    @property
+    def hangs(self) -> bool:
+        """Whether the disk does not answer: see `PatientKeeper`."""
+        return False
+
+    def at_the_disk(self, work: Callable[[], T]) -> T:
+        """Do some other work in the journal's directory. Raises what it raises."""
+        return work()
 
     def append(self, encoded: bytes, stream: str, seq: int, link: int = 0, attempt: int = 0) -> None:
         item = Waiting(encoded=encoded, stream=stream, seq=seq, link=link, attempt=attempt)
@@ -91,6 +104,9 @@ class JournalKeeper:
         except OSError:
             pass  # it cannot be read, which whoever reads the journal tells
 
+    def settle(self) -> None:
+        """Write what waits for the loop's next turn: see `PatientKeeper`."""
+
     def retry(self) -> bool:
         """Try again what failed; true when the journal is whole up to now."""
         self._give_up_failed()
@@ -105,8 +121,11 @@ class JournalKeeper:
     def deleted(self) -> bool:
         """Notice, once, that the journal was deleted under us: what is appended from now on waits for a new one."""
         self._give_up_failed()
-        if self._writer is None or not self._writer.removed:
-            return False
+        try:
+            if self._writer is None or not self._writer.removed:
+                return False
+        except OSError:
+            return False  # nobody can say; an append will
         # Its descriptors are closed by who syncs, in a thread that may be using them now.
         self._retired.append(self._writer)
         self._writer = None

@@ -3,6 +3,7 @@
 import contextlib
 import time
 
+from trainctl.hub.disk import Disk, DiskHangs
 from trainctl.wire.rundir import RunDir
 
 _CHECK_S = 1.0
@@ -11,8 +12,9 @@ _CHECK_S = 1.0
 class Ownership:
     """A hub's epoch. `held` looks at the directory at most once a second, and always after a pause of ours."""
 
-    def __init__(self, run_dir: RunDir) -> None:
+    def __init__(self, run_dir: RunDir, disk: Disk | None = None) -> None:
         self._run_dir = run_dir
+        self._disk = disk or Disk()
         self._held = True
         self._checked_at = time.monotonic()
         self.registered = True
@@ -30,16 +32,25 @@ class Ownership:
         too while the directory does not say."""
         now = time.monotonic()
         if self._held and (look or now - self._checked_at >= _CHECK_S):
-            self._checked_at = now
             try:
-                self._held = self._run_dir.newest("epoch") <= self.epoch
+                self._disk.do(self._look)
+            except DiskHangs:
+                # Nothing is written either: what would be waits, and the first look after this decides.
+                return self._held and not look
             except OSError:
                 # It may be silent to us alone: then a newer hub is possible, and what cannot be taken back has to wait.
-                return not look
+                self._checked_at = now
+                return self._held and not look
+            self._checked_at = now
         return self._held
 
+    def _look(self) -> None:
+        if self._run_dir.newest("epoch") > self.epoch:
+            self._held = False
+
     def register(self) -> None:
-        """Write the epoch down as soon as the directory takes it. Raises OSError while it does not."""
+        """Write the epoch down as soon as the directory takes it; for the disk's thread. Raises OSError while it does
+        not."""
         if not self.registered:
             self._held = self._run_dir.allocate("epoch") == self.epoch
             self.registered = True

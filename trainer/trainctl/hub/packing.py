@@ -5,6 +5,7 @@ import contextlib
 import logging
 import time
 
+from trainctl.hub.disk import DiskHangs
 from trainctl.hub.keeper import JournalKeeper
 from trainctl.hub.ownership import Ownership
 from trainctl.store.frames import packed_file, segment_file, segments
@@ -35,7 +36,8 @@ class JournalPacking:
 
     async def run(self) -> None:
         """Pack and save until cancelled."""
-        self._sweep()
+        with contextlib.suppress(OSError):  # untidy, and no harm
+            self._keeper.at_the_disk(self._sweep)
         while True:
             await asyncio.sleep(_LOOK_S)
             try:
@@ -47,6 +49,8 @@ class JournalPacking:
                     await self._pack(waiting[0], in_thread=len(waiting) < _BACKLOG)
                     if len(waiting) < _BACKLOG:
                         await self._save_index(_GROWN)
+            except DiskHangs:
+                continue
             except OSError as error:
                 log.warning("the journal cannot be packed, it stays larger than it need be: %s", error)
                 await asyncio.sleep(_AGAIN_S)
@@ -71,16 +75,15 @@ class JournalPacking:
 
     def _sweep(self) -> None:
         """What a hub that was killed while it packed left behind."""
-        directory = self._keeper.directory
-        with contextlib.suppress(OSError):  # untidy, and no harm
-            for pattern in ("*.col.*.tmp", ".index.*.new"):
-                for left in directory.glob(pattern):
-                    left.unlink()
+        for pattern in ("*.col.*.tmp", ".index.*.new"):
+            for left in self._keeper.directory.glob(pattern):
+                left.unlink()
 
     def _settled(self, number: int) -> bool:
         """Whether no hub before us can still be writing it."""
         # A file server's clock may be ahead of ours.
-        age_s = abs(time.time() - segment_file(self._keeper.directory, number).stat().st_mtime)
+        file = segment_file(self._keeper.directory, number)
+        age_s = abs(time.time() - self._keeper.at_the_disk(file.stat).st_mtime)
         return self._keeper.wrote(number) or age_s > _FRESH_S
 
     async def _pack(self, number: int, *, in_thread: bool) -> None:
@@ -122,7 +125,7 @@ class JournalPacking:
         An index that knew more than the journal would make rank 0 forget what nothing but the index holds.
         """
         directory = self._keeper.directory
-        sizes = packed_sizes(directory, self._covered())
+        sizes = self._keeper.at_the_disk(lambda: packed_sizes(directory, self._covered()))
         total = sum(size for _, size in sizes)
         if not (total > self._indexed_bytes * grown or grown == 1.0) or not self._keeper.safe_to_index:
             return

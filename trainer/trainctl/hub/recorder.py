@@ -1,4 +1,8 @@
-"""The one way into the run's history: number, journal, apply, publish, always in this order."""
+"""The one way into the run's history: number, journal, apply, publish, always in this order.
+
+The journal takes an event at once, everything else before the loop's next turn, and all of it later while the disk
+hangs (`patient_keeper`): neither publishing nor followers wait for that.
+"""
 
 import logging
 from collections import deque
@@ -25,8 +29,8 @@ class Recorder:
         self._untold: deque[Envelope] = deque()
 
     def follow(self, follower: Callable[[Envelope], None]) -> None:
-        """Call `follower` with every envelope after it was journaled and published. It must not raise, nor take long;
-        it may take further bodies, which come to all followers after the one at hand."""
+        """Call `follower` with every envelope after it was given to the journal and published. It must not raise, nor
+        take long; it may take further bodies, which come to all followers after the one at hand."""
         self._followers.append(follower)
 
     def take(self, body: Body, *, attempt: int = 0, link: int = 0) -> Envelope | None:

@@ -1,9 +1,11 @@
 """What the hub answers to clients."""
 
 import asyncio
+import contextlib
 import logging
 import time
 
+from trainctl.hub.aside import Aside, StillBusy
 from trainctl.hub.desk import CommandDesk
 from trainctl.hub.keeper import JournalKeeper
 from trainctl.hub.recorder import Recorder
@@ -47,6 +49,7 @@ from trainctl.wire.server import Caller, Refusal, Server
 log = logging.getLogger(__name__)
 
 _TURN_S = 0.02
+_LISTING_S = 5.0
 _AUDIT_BYTES = DATA_LIMIT - 64 * 1024
 
 
@@ -70,11 +73,15 @@ class Requests:
         self._run_dir = run_dir
         self._desk = desk
         self._server = server
+        self._listed: list[CheckpointInfo] = []
 
     def run_state(self) -> RunState:
         return self._record.state
 
     def recorded(self, stream: Stream, first: int, last: int) -> list[bytes] | None:
+        if self._keeper.hangs:
+            return None  # a snapshot has what is new, and everybody else shall not wait
+        self._keeper.settle()
         try:
             return self._keeper.index.read(stream, first, last) or None
         except OSError as error:
@@ -113,6 +120,12 @@ class Requests:
 
     async def _history(self, request: HistoryRequest) -> History:
         """In turns with everybody else, for a request may name thousands of metrics."""
+        if self._keeper.hangs and self._keeper.index.gone:
+            raise Refusal(
+                "disk_hangs",
+                "the file system of the run's directory does not answer, so the history in it cannot be read now",
+                "training goes on, and so does what is published; ask again when the disk answers",
+            )
         steps = history_steps(self._record.metrics, request)
         turn_ends = time.monotonic() + _TURN_S
         while True:
@@ -126,7 +139,12 @@ class Requests:
                 turn_ends = time.monotonic() + _TURN_S
 
     async def _checkpoints(self) -> list[CheckpointInfo]:
-        return await asyncio.to_thread(list_with_memory, self._run_dir.checkpoints, self._record.in_memory)
+        """What there is; what there was when the disk last answered, while it hangs."""
+        if not self._keeper.hangs:
+            listing = Aside(lambda: list_with_memory(self._run_dir.checkpoints, self._record.in_memory))
+            with contextlib.suppress(StillBusy):
+                self._listed = await listing.run(_LISTING_S)
+        return self._listed
 
     async def _list(self, request: CheckpointsRequest) -> Checkpoints:
         found = await self._checkpoints()

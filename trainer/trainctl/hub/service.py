@@ -10,17 +10,19 @@ from pathlib import Path
 from trainctl.hub.agents import AgentRelay
 from trainctl.hub.alerts import Alerts
 from trainctl.hub.announce import new_card, open_doors
+from trainctl.hub.aside import Aside, StillBusy
 from trainctl.hub.attendance import Attendance
 from trainctl.hub.board import RunBoard
 from trainctl.hub.desk import CommandDesk
 from trainctl.hub.detect import Detectors
 from trainctl.hub.detect_lookout import DiskLookout
+from trainctl.hub.disk import Disk
 from trainctl.hub.endings import Endings
 from trainctl.hub.health import Health
-from trainctl.hub.keeper import JournalKeeper
 from trainctl.hub.link import LinkListener, RankLine
 from trainctl.hub.ownership import Ownership
 from trainctl.hub.packing import JournalPacking
+from trainctl.hub.patient_keeper import PatientKeeper
 from trainctl.hub.recorder import Recorder
 from trainctl.hub.requests import Requests
 from trainctl.hub.roll_call import RollCall
@@ -66,10 +68,11 @@ class Hub:
             run_dir.create()
         except OSError as error:
             log.warning("the run's directory cannot be written, history stays in memory: %s", error)
-        self._ownership = Ownership(run_dir)
+        disk = Disk()
+        self._ownership = Ownership(run_dir, disk)
         index = JournalIndex(run_dir.journal)
         self._record = _load(options, run_dir, index)
-        self._keeper = JournalKeeper(run_dir.journal, index)
+        self._keeper = PatientKeeper(run_dir.journal, index, disk, asyncio.get_running_loop().call_soon)
         self._card = new_card(
             run_id=options.run_id, name=options.name, epoch=self._ownership.epoch, directory=str(run_dir.path)
         )
@@ -86,16 +89,18 @@ class Hub:
         audit = AuditLog(run_dir.audit_file)
         self._line = RankLine()
         self._agents = AgentRelay(keys=user_keys(), take=recorder.take, state=self.run_state)
-        board = RunBoard(recorder=recorder, server=self._server, run_dir=run_dir, ownership=self._ownership)
-        starts_again = StartsAgain(run_dir.path)
-        endings = Endings(board=board, agents=self._agents, run_dir=run_dir, starts_again=starts_again)
+        board = RunBoard(recorder=recorder, server=self._server, run_dir=run_dir, ownership=self._ownership, disk=disk)
+        starts_again = StartsAgain(run_dir.path, disk)
+        endings = Endings(board=board, agents=self._agents, run_dir=run_dir, starts_again=starts_again, disk=disk)
         self._desk = CommandDesk(
             recorder=recorder, server=self._server, audit=audit, run_dir=run_dir, line=self._line, endings=endings
         )
         self._requests = Requests(
             recorder=recorder, keeper=self._keeper, audit=audit, run_dir=run_dir, desk=self._desk, server=self._server
         )
-        self._trouble = DiskTrouble(board=board, keeper=self._keeper, ownership=self._ownership, run_dir=run_dir)
+        self._trouble = DiskTrouble(
+            board=board, keeper=self._keeper, ownership=self._ownership, run_dir=run_dir, disk=disk
+        )
         self._sinks = Sinks(recorder=recorder, keeper=self._keeper, directory=run_dir.path, anomaly=board.anomaly)
         health = Health(self._line, self._record.events)
         recorder.follow(health.follow)
@@ -191,6 +196,7 @@ class Hub:
                 log.warning("a newer hub took over: leaving")
                 self._leave.set()
                 return
+            self._keeper.settle()
             now = time.monotonic()
             self._attendance.tick(time.time(), now)
             self._desk.tick(time.time())
@@ -204,9 +210,10 @@ class Hub:
                 self.stop(f"nothing was linked for {patience_s:.0f} s")
 
     async def _sync_for_ever(self) -> None:
+        syncing = Aside(self._keeper.sync)
         while True:
             await asyncio.sleep(_TICK_S)
-            if await asyncio.to_thread(self._keeper.sync):
+            if await _at_last(syncing):
                 self._attendance.acknowledge(self._keeper.synced_link, self._line.attempt)
 
     async def _end(self) -> None:
@@ -215,10 +222,21 @@ class Hub:
         await self._agents.close()
         await self._desk.close()
         self._listener.close()
+        if not self._ownership.held():
+            self._keeper.give_up()
         self._keeper.close()
         self._server.close()
         remove_card(self._card)
         await self._packing.finish()
+
+
+async def _at_last(syncing: Aside[bool]) -> bool:
+    """The outcome of one sync, however long the disk hangs: what was written meanwhile is the next one's."""
+    while True:
+        try:
+            return await syncing.run(_TICK_S)
+        except StillBusy:
+            continue
 
 
 def _load(options: Options, run_dir: RunDir, index: JournalIndex) -> RunRecord:

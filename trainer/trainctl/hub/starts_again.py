@@ -5,6 +5,7 @@ from pathlib import Path
 
 import msgspec
 
+from trainctl.hub.disk import Disk, DiskHangs
 from trainctl.wire.launcher import find_launcher
 from trainctl.wire.messages import RunInfo
 
@@ -14,8 +15,10 @@ _HOW = "end it with abort --now and start it again: trainctl run --resume"
 class StartsAgain:
     """`learn` at every hello of a rank 0, while its process can still be looked at."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, disk: Disk) -> None:
         self._directory = directory
+        self._disk = disk
+        self._by_launcher = False  # when the disk last answered
         self._restarts_left: int | None = None  # None: not started by torchrun
 
     def learn(self, pid: int) -> None:
@@ -25,7 +28,9 @@ class StartsAgain:
     @property
     def by_launcher(self) -> bool:
         """Whether a `trainctl run` would start it, which resumes from any checkpoint."""
-        return find_launcher(self._directory) is not None
+        with contextlib.suppress(DiskHangs):
+            self._by_launcher = self._disk.do(lambda: find_launcher(self._directory)) is not None
+        return self._by_launcher
 
     def told_of(self, info: RunInfo) -> RunInfo:
         """The run's particulars, with whether it can be restarted, or why not: no rank knows that."""

@@ -3,6 +3,7 @@
 import logging
 
 from trainctl.hub.board import RunBoard
+from trainctl.hub.disk import Disk, DiskHangs
 from trainctl.hub.keeper import JournalKeeper
 from trainctl.hub.ownership import Ownership
 from trainctl.store.journal import Damage
@@ -16,11 +17,14 @@ RETRY_S = 5.0
 class DiskTrouble:
     """Watches the journal and run.json; the clock is an argument."""
 
-    def __init__(self, *, board: RunBoard, keeper: JournalKeeper, ownership: Ownership, run_dir: RunDir) -> None:
+    def __init__(
+        self, *, board: RunBoard, keeper: JournalKeeper, ownership: Ownership, run_dir: RunDir, disk: Disk
+    ) -> None:
         self._board = board
         self._keeper = keeper
         self._ownership = ownership
         self._run_dir = run_dir
+        self._disk = disk
         self._next_retry: float | None = None
         self._told = False
         self._unreadable = 0
@@ -36,7 +40,7 @@ class DiskTrouble:
         """Look, and try again what fails."""
         self._tell_unreadable()
         if self._keeper.deleted():
-            self._board.info_written = False  # it went with the journal
+            self._board.info_gone()  # it went with the journal
         trouble = self._keeper.problem is not None or not self._board.info_written or not self._ownership.registered
         if trouble and self._next_retry is None:
             self._next_retry = now + RETRY_S
@@ -73,8 +77,10 @@ class DiskTrouble:
 
     def _retry(self) -> None:
         try:
-            self._run_dir.create()
-            self._ownership.register()
+            self._disk.do(self._run_dir.create)
+            self._disk.do(self._ownership.register)
+        except DiskHangs:
+            return  # that is the lookout's to tell
         except OSError as error:
             log.warning("the run's directory cannot be written: %s", error)
             return

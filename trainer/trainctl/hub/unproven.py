@@ -20,7 +20,7 @@ class Waiting:
 
 class Unproven:
     """In the order in which they were appended, the newest `limit_bytes` of them. `prove` may run in a thread that
-    syncs, the rest is the loop's."""
+    syncs, `waiting` in any, the rest in the one that appends."""
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit_bytes = limit_bytes
@@ -49,6 +49,10 @@ class Unproven:
         self._kept.clear()
         self._bytes, self._proved = 0, self.appended
         return taken, given_up
+
+    def waiting(self) -> list[Waiting]:
+        """Those that are kept, oldest first."""
+        return [item for number, item in list(self._kept) if number > self._proved]
 
     def link(self, attempt: int) -> int | None:
         """The oldest of rank 0's numbers in that attempt."""

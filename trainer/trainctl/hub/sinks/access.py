@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TypeVar
 
+from trainctl.hub.disk import DiskHangs
 from trainctl.hub.keeper import JournalKeeper
 from trainctl.hub.recorder import Recorder
 from trainctl.hub.sinks.branching import chain_of, parting_step, spans_between
@@ -41,7 +42,12 @@ class Access:
 
     def missed(self, first: int, last: int) -> list[Envelope]:
         """Some of the metrics' envelopes from `first` on, empty where they are not in the journal. Raises OSError."""
-        encoded = self._ask(lambda: self._keeper.index.read("metrics", first, last, _READ_BYTES))
+
+        def read() -> list[bytes]:
+            self._keeper.settle()
+            return self._keeper.index.read("metrics", first, last, _READ_BYTES)
+
+        encoded = self._ask_the_disk(read)
         found = []
         for payload in encoded:
             try:
@@ -85,8 +91,8 @@ class Access:
                 for name in metrics.names
             }
 
-        for start, end in step_windows(self._ask(rollups), _WINDOW):
-            found = self._ask(partial(values, max(start, first), end))
+        for start, end in step_windows(self._ask_the_disk(rollups), _WINDOW):
+            found = self._ask_the_disk(partial(values, max(start, first), end))
             for steps, times, columns in logged_together(found):
                 yield Rows(
                     attempt=0,
@@ -98,6 +104,12 @@ class Access:
                         for name, column in columns.items()
                     ],
                 )
+
+    def _ask_the_disk(self, question: Callable[[], T]) -> T:
+        """The same for what may be on disk only. Raises `DiskHangs` too: the loop does not wait for that."""
+        if self._keeper.hangs:
+            raise DiskHangs
+        return self._ask(question)
 
     def _ask(self, question: Callable[[], T]) -> T:
         """Have it answered on the loop. Raises `HubGone`, TimeoutError, and what the question raises."""

@@ -11,8 +11,8 @@ from threading import Lock, Thread
 from typing import Any, ClassVar
 
 import msgspec
-import numpy as np
 
+from trainctl.hub.sinks.columns import values_of
 from trainctl.hub.sinks.sink import Branching, Start, Unusable
 from trainctl.wire.gauges import Gauge, node_gauges
 from trainctl.wire.messages import (
@@ -98,9 +98,7 @@ class Newest:
             match body:
                 case Rows() if body.steps:
                     self._step, self._incarnation = body.steps[-1], body.incarnation
-                    for column in body.columns:
-                        value = float(np.frombuffer(column.data, f"<{column.dtype}")[-1])
-                        self._metrics[column.name] = (value, body.times[-1])
+                    self._metrics |= {name: (values[-1], body.times[-1]) for name, values in values_of(body).items()}
                 case Ranks(ranks=ranks):
                     self._ranks.update({figures.rank: figures for figures in ranks})
                 case NodeReading():

@@ -1,11 +1,14 @@
 """What a sink is, and what it is told."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
 from trainctl.wire.messages import Body, Rows, RunState, Snapshot, Stream
+
+log = logging.getLogger(__name__)
 
 
 class Unusable(Exception):
@@ -14,11 +17,15 @@ class Unusable(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What is true when a sink opens. `notes` is what it wrote down the last time, in this run's directory."""
+    """What is true when a sink opens. `notes` is what it wrote down the last time, in this run's directory.
+
+    `tell` makes an event of what an operator should know, in words that go on after "sink NAME".
+    """
 
     picture: Snapshot
     directory: Path
     notes: dict[str, str] = field(default_factory=dict)
+    tell: Callable[[str], None] = log.warning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +50,10 @@ class Sink(Protocol):
     history: ClassVar[bool]  # whether it wants every value, or only the newest
 
     def open(self, start: Start) -> dict[str, str]:
-        """Begin; return notes for the next opening. Raises `Unusable` where that is for good."""
+        """Begin; return notes for the next opening. Raises `Unusable` where that is for good.
+
+        They are kept at once, and what is added to them later is kept with the next thing that is flushed.
+        """
 
     def branch(self, branching: Branching) -> None:
         """A rollback or restart began a new incarnation, or what was not flushed is written anew."""

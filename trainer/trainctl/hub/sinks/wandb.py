@@ -8,12 +8,14 @@ import re
 from typing import Any, ClassVar, Literal
 
 import msgspec
-import numpy as np
 
+from trainctl.hub.sinks.columns import values_of
 from trainctl.hub.sinks.sink import Branching, Start
 from trainctl.wire.messages import FINAL_STATES, Body, Rows, RunState, Stream
 
 STEP, INCARNATION = "trainctl/step", "trainctl/incarnation"
+# W&B writes its own values under these names, whatever is logged there.
+_TAKEN = frozenset({STEP, INCARNATION, "_step", "_runtime", "_timestamp", "_wandb"})
 _WELL_ENDED = frozenset({"finished", "stopped"})
 
 
@@ -48,7 +50,7 @@ class WandbSink:
             id=run_id,
             name=info.run,
             resume="allow",
-            config=dict(info.config),
+            config={_key(name): value for name, value in info.config.items()},
             allow_val_change=True,
             dir=self._settings.dir or str(start.directory),
             mode=self._settings.mode,
@@ -73,7 +75,7 @@ class WandbSink:
     def write(self, body: Body) -> None:
         if not isinstance(body, Rows):
             return
-        columns = {column.name: np.frombuffer(column.data, f"<{column.dtype}").tolist() for column in body.columns}
+        columns = {_key(name): values for name, values in values_of(body).items()}
         for at, (step, wall) in enumerate(zip(body.steps, body.times, strict=True)):
             row: dict[str, float] = {name: values[at] for name, values in columns.items()}
             self._run.log(row | {STEP: step, INCARNATION: body.incarnation, "_timestamp": wall})
@@ -85,3 +87,7 @@ class WandbSink:
         if self._run is not None:
             ended_badly = state.state in FINAL_STATES and state.state not in _WELL_ENDED
             self._run.finish(exit_code=int(ended_badly))
+
+
+def _key(name: str) -> str:
+    return f"{name}_" if name in _TAKEN else name

@@ -122,11 +122,17 @@ class Worker:
 
     def _open(self, sink: Sink) -> None:
         start = Start(
-            picture=self._job.access.picture(), directory=self._job.directory, notes=dict(self._flushed.notes)
+            picture=self._job.access.picture(),
+            directory=self._job.directory,
+            notes=dict(self._flushed.notes),
+            tell=lambda text: self._job.tell(f"sink {self.name} {text}", "warning"),
         )
         notes = sink.open(start)
         before = self._flushed
         self._progress = Progress(seq=before.seq, incarnation=before.incarnation, step=before.step, notes=notes)
+        self._flushed = self._progress  # a sink that fails from here on is opened again with these notes
+        if self.history and notes != before.notes:
+            write_progress(self._file, self._progress)
         if self.history and before.seq:
             sink.branch(Branching(from_step=before.step + 1, time=time.time()))
         self._flush(sink)
