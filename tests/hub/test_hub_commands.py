@@ -131,6 +131,7 @@ def test_what_cannot_be_meant_or_done_is_rejected_with_the_reason(tmp_path: Path
         (CheckpointPin(checkpoint="x"), {}, "there is no checkpoint x"),
         (Cancel(command="nope"), {}, "no command has the id nope"),
         (Pause(), {"revert_after": 5}, "cannot revert"),
+        (AddNote(text="low"), {"condition": "step < 0"}, "note is carried out at once, and a condition is decided"),
     ]
 
     async def scenario() -> None:

@@ -69,7 +69,7 @@ def _conditions(command: Command) -> str | None:
         return f"{spec_of(command.action).name} cannot revert by itself: only lr scale, lr set and set can"
     if command.unless is not None and command.revert_after is None:
         return "unless says when not to revert: give revert-after with it"
-    if command.condition is not None and carrier_of(command.action) == "agents":
+    if command.condition is not None and carrier_of(command.action) != "ranks":
         return (
             f"{spec_of(command.action).name} is carried out at once, and a condition is decided by rank 0 at a "
             "boundary: leave it out"

@@ -1,0 +1,65 @@
+"""Why a command is rejected before anybody is asked to carry it out."""
+
+import msgspec
+import pytest
+
+from trainctl.hub.rules import Situation, rejection
+from trainctl.wire.commands import REGISTRY, Abort, Act, Command, carrier_of
+from trainctl.wire.messages import CheckpointInfo, CommandUpdate, RunInfo, Tunable
+
+GIVEN = {
+    "factor": 0.5,
+    "value": 0.5,
+    "name": "clip",
+    "checkpoint": "good",
+    "target": "last",
+    "text": "t",
+    "command": "w",
+}
+
+
+def action_of(name: str) -> Act:
+    """One that this run could carry out."""
+    kind = REGISTRY[name].action
+    return kind(**{field.name: GIVEN[field.name] for field in msgspec.structs.fields(kind) if field.required})
+
+
+def situation() -> Situation:
+    saved = {"time": 1.0, "bytes": 1, "incarnation": 1, "verified": True}
+    waiting = {"time": 1.0, "step": 1, "incarnation": 1, "id": "w", "command": "pause", "args": {}, "actor": "mk"}
+    able = {spec.capability: True for spec in REGISTRY.values() if spec.capability is not None}
+    clip = Tunable(name="clip", value=1.0, kind="float")
+    info = {
+        "run": "r",
+        "id": "r",
+        "dir": "/",
+        "host": "h",
+        "created": 1.0,
+        "started": 1.0,
+        "world_size": 1,
+        "attempt": 1,
+    }
+    place = {"rank": 0, "node": "n", "pid": 1, "host": "h", "local_rank": 0}
+    return Situation(
+        info=msgspec.convert(info | {"capabilities": able, "tunables": [clip], "ranks": [place]}, RunInfo),
+        state="running",
+        linked=True,
+        checkpoints=[
+            msgspec.convert(saved | {"id": name, "step": step}, CheckpointInfo)
+            for step, name in enumerate(("good", "newer"))
+        ],
+        commands={"w": msgspec.convert(waiting | {"state": "accepted"}, CommandUpdate)},
+    )
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_a_condition_is_refused_wherever_no_boundary_decides_it(name: str) -> None:
+    actions = [action_of(name), *([Abort(now=True)] if name == "abort" else [])]
+    for action in actions:
+        assert rejection(Command(id="c", action=action), situation()) is None
+        refused = rejection(Command(id="c", action=action, condition="step < 0"), situation())
+        if carrier_of(action) == "ranks":
+            assert refused is None
+        else:
+            assert refused is not None
+            assert f"{name} is carried out at once, and a condition is decided by rank 0" in refused
