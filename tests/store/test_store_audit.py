@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trainctl.store.audit import AuditLog, verify_audit
+from trainctl.store.audit import AuditLog, NotTheWriter, verify_audit
 from trainctl.wire.rundir import RunDir
 
 
@@ -78,6 +78,43 @@ def test_a_log_that_cannot_be_written_raises_and_keeps_its_chain(tmp_path: Path)
     (tmp_path / "kept").rename(path)
     log.append({"id": "c1"})
     assert verify_audit(path) is None
+
+
+def test_of_two_writers_each_goes_on_from_what_the_other_wrote(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    one, other = written(path, 2), AuditLog(path)
+    for number, log in enumerate((other, one, one, other, other, one)):
+        log.append({"id": f"next-{number}"})
+    assert verify_audit(path) is None
+    assert len(one.lines(100)) == 8
+
+
+def test_whoever_may_write_no_more_leaves_the_log_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "audit.jsonl"
+    answers = [True, True, True, False, True, False]
+    log = AuditLog(path, lambda: answers.pop(0))
+    log.append({"id": "c0"})  # asked twice, because it read the log in between
+    log.append({"id": "c1"})
+    with pytest.raises(NotTheWriter):
+        log.append({"id": "c2"})
+    AuditLog(path).append({"id": "of the one that took over"})
+    with pytest.raises(NotTheWriter):
+        log.append({"id": "c3"})
+    assert [json.loads(line)["id"] for line in log.lines(9)] == ["c0", "c1", "of the one that took over"]
+
+
+@pytest.mark.parametrize("left", [0, 3], ids=["written anew", "cut"])
+def test_a_log_that_is_cut_under_its_writer_is_found_by_the_next_line(tmp_path: Path, left: int) -> None:
+    path = tmp_path / "audit.jsonl"
+    log = written(path)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:left]))
+    forger = AuditLog(path)
+    for number in range(9):
+        forger.append({"id": f"forged-{number}"})
+    log.append({"id": "next"})
+    problem = verify_audit(path)
+    assert problem is not None
+    assert problem.line == left + 10
 
 
 def test_a_tail_that_was_cut_is_found_by_the_hash_that_a_checkpoint_keeps(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
@@ -31,17 +31,27 @@ class AuditProblem:
         return f"line {self.line} {self.text}"
 
 
-class AuditLog:
-    """Appends entries; each is on disk before `append` returns. One writer at a time."""
+class NotTheWriter(Exception):
+    """The log is another's to write by now."""
 
-    def __init__(self, path: Path) -> None:
+
+class AuditLog:
+    """Appends entries; each is on disk before `append` returns. One writer at a time.
+
+    `may_write` is asked before each, in the thread that appends; it may raise OSError.
+    """
+
+    def __init__(self, path: Path, may_write: Callable[[], bool] = lambda: True) -> None:
         self.path = path
         self.head = FIRST
-        self._known = False
+        self._may_write = may_write
+        self._left: int | None = None  # the size at which we left it
 
     def append(self, entry: Mapping[str, Json]) -> None:
-        """Write one entry and fsync it. Raises OSError, and then nothing of it is in the log."""
-        self._learn_head()
+        """Write one entry and fsync it. Raises OSError or `NotTheWriter`, and then nothing of it is in the log."""
+        self._ask()
+        if self._learn_head():
+            self._ask()  # reading may have taken long
         line = _chained(self.head, entry)
         existed = self.path.exists()
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
@@ -58,6 +68,7 @@ class AuditLog:
         if not existed:
             fsync_dir(self.path.parent)
         self.head = str(json.loads(line)["hash"])
+        self._left = size + len(line.encode()) + 1
 
     def lines(self, limit: int) -> list[str]:
         """The newest `limit` lines, oldest first. Raises OSError."""
@@ -76,9 +87,14 @@ class AuditLog:
         except FileNotFoundError:
             return False
 
-    def _learn_head(self) -> None:
-        if self._known:
-            return
+    def _ask(self) -> None:
+        if not self._may_write():
+            raise NotTheWriter
+
+    def _learn_head(self) -> bool:
+        """Read the log where it is not known, or not as it was left; whether that was so."""
+        if self._left is not None and self._size() == self._left:
+            return False
         try:
             data = self.path.read_bytes()
         except FileNotFoundError:
@@ -87,13 +103,29 @@ class AuditLog:
         if whole < len(data):
             # A crash tore the last line. It was not synced, so nothing was accepted on its strength.
             os.truncate(self.path, whole)
-        last = data[:whole].rstrip(b"\n").rpartition(b"\n")[2]
-        if last:
-            try:
-                self.head = str(json.loads(last)["hash"])
-            except (ValueError, KeyError, TypeError):
-                self.head = hashlib.sha256(last).hexdigest()  # the chain is broken there, and verify_audit says so
-        self._known = True
+        # Another hub may have gone on from our line. Where that is gone the chain goes on from it all the same: whoever
+        # cuts the log or writes it anew is found out by that.
+        if self._left is None or _last_hash(data[: self._left]) == self.head:
+            self.head = _last_hash(data[:whole])
+        self._left = whole
+        return True
+
+    def _size(self) -> int:
+        try:
+            return self.path.stat().st_size
+        except FileNotFoundError:
+            return 0
+
+
+def _last_hash(data: bytes) -> str:
+    """The hash of the last line."""
+    last = data.rstrip(b"\n").rpartition(b"\n")[2]
+    if not last:
+        return FIRST
+    try:
+        return str(json.loads(last)["hash"])
+    except (ValueError, KeyError, TypeError):
+        return hashlib.sha256(last).hexdigest()  # the chain is broken there, and verify_audit says so
 
 
 def verify_audit(path: Path, kept: Mapping[str, str] | None = None) -> AuditProblem | None:

@@ -44,6 +44,13 @@ class Ownership:
             self._checked_at = now
         return self._held
 
+    def held_now(self) -> bool:
+        """The same, looked up here and now however long that takes: for threads that write by themselves, not for the
+        loop. Raises OSError where the directory does not say."""
+        if self._held:
+            self._look()
+        return self._held
+
     def _look(self) -> None:
         if self._run_dir.newest("epoch") > self.epoch:
             self._held = False

@@ -86,7 +86,7 @@ class Hub:
         recorder = Recorder(record=self._record, keeper=self._keeper, server=self._server, ownership=self._ownership)
         self._packing = JournalPacking(record=self._record, keeper=self._keeper, ownership=self._ownership)
         recorder.follow(Detectors(recorder).follow)
-        audit = AuditLog(run_dir.audit_file)
+        audit = AuditLog(run_dir.audit_file, self._ownership.held_now)
         self._line = RankLine()
         self._agents = AgentRelay(keys=user_keys(), take=recorder.take, state=self.run_state)
         board = RunBoard(recorder=recorder, server=self._server, run_dir=run_dir, ownership=self._ownership, disk=disk)
