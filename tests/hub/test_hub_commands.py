@@ -7,8 +7,9 @@ import shutil
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
-from hub_double import Rank, first_reply, following, hub_running, peer_of, rank_linked, request, snapshot
+from hub_double import Rank, first_reply, following, hub_running, peer_of, rank_linked, request, snapshot, snapshot_when
 
 from trainctl.store.audit import AuditLog, verify_audit
 from trainctl.store.replay import load_record
@@ -81,6 +82,10 @@ def checkpoint(run_dir: Path, step: int, audit_head: str | None = None) -> str:
     return name
 
 
+def updates_in(told: Snapshot) -> list[CommandUpdate]:
+    return [event for event in told.events if isinstance(event, CommandUpdate)]
+
+
 def audited(run_dir: Path) -> list[tuple[str, str]]:
     lines = (run_dir / "audit.jsonl").read_text().splitlines()
     return [(entry["id"], entry["state"]) for entry in map(json.loads, lines)]
@@ -141,6 +146,27 @@ def test_what_cannot_be_meant_or_done_is_rejected_with_the_reason(tmp_path: Path
                 for number, (action, more, words) in enumerate(cases):
                     update = await first_reply(peer, request(action, f"bad-{number}", **more))
                     assert (update.state, words in str(update.reason)) == ("rejected", True), update
+
+    asyncio.run(scenario())
+
+
+def test_an_id_that_the_run_gives_itself_is_refused_and_stays_free_for_it(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        with hub_running(tmp_path / "run") as hub, rank_linked(tmp_path / "run") as rank:
+            rank.step(5)
+            async with peer_of(hub.card()) as peer:
+                for taken in ("a.undo", "a.undo.2", "auto-resume-1", "preemption-1"):
+                    with pytest.raises(Refused, match=f"{taken} is one of those that the run gives itself"):
+                        await first_reply(peer, request(AddNote(text="mine"), taken))
+                await first_reply(peer, request(LrScale(factor=0.5), "a", revert_after=9))
+                given = await heard_by(rank, LinkCommand)
+                assert isinstance(given, LinkCommand)
+                undoing = msgspec.structs.replace(given.command, id="a.undo")
+                rank.answer(msgspec.structs.replace(given, command=undoing), "applied")
+                told = await snapshot_when(peer, lambda now: [u for u in updates_in(now) if u.id == "a.undo"])
+                assert [u.state for u in updates_in(told) if u.id == "a.undo"] == ["applied"]
+                again = await first_reply(peer, request(AddNote(text="mine"), "a.undo"))
+                assert (again.command, again.state) == ("lr scale", "applied"), "it stands for the undoing"
 
     asyncio.run(scenario())
 

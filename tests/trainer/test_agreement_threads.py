@@ -21,6 +21,7 @@ from trainctl.trainer.phases import Phases
 from trainctl.trainer.tunables import Tunables, TunableValue
 from trainctl.wire.commands import Action, Command, Pause, Resume, SetTunable, Stop
 from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand
+from trainctl.wire.own_ids import undoing_id
 from waiting import until
 
 
@@ -218,6 +219,29 @@ def test_a_condition_is_decided_once_by_rank_0_for_all(tmp_path: Path) -> None:
     job.close()
     assert [value for _, value in job.ranks[0].applied] == [2]
     assert job.ranks[0].applied == job.ranks[1].applied
+
+
+def test_each_change_on_trial_is_undone_at_once_whatever_the_others_ids_are(tmp_path: Path) -> None:
+    job = Job(2, tmp_path)
+    trials = {"x": "a", "y": "long" * 24 + "1", "z": "long" * 24 + "2"}
+    for rank in job.ranks:
+        for name in ("y", "z"):
+            rank.core.tunables.add(TunableValue(name, 0))
+    for command in (
+        Command(id="a.undo", action=SetTunable(name="x", value=1)),  # of a hub that still took such ids
+        *(Command(id=of, action=SetTunable(name=name, value=5), revert_after=1) for name, of in trials.items()),
+    ):
+        job.leader.submit(LinkCommand(command=command, actor="mk", accepted=0.0))
+        assert job.outcome(command.id).state == "applied"
+    for of in trials.values():
+        revert = job.ranks[0].core.reverts.get(of)
+        assert revert is not None
+        job.leader.undo(revert.command, "mk", due=revert.due)
+    undoings = ["a.undo.2", undoing_id(trials["y"]), undoing_id(trials["z"])]
+    assert [job.outcome(name).state for name in undoings] == ["applied"] * 3
+    job.close()
+    for rank in job.ranks:
+        assert rank.core.tunables.values() == {"x": 1, "y": 0, "z": 0}
 
 
 def test_a_command_that_comes_after_the_end_is_answered(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from trainctl.wire.messages import (
     Note,
     Scalar,
 )
+from trainctl.wire.own_ids import is_own_id
 from trainctl.wire.precedence import UnderWay, conflict_reason, outcome
 from trainctl.wire.rundir import RunDir
 from trainctl.wire.server import Caller, Refusal, Server
@@ -98,6 +99,7 @@ class CommandDesk:
             if known is not None:
                 self._server.reply(caller, CommandReply(req=caller.req, update=known))
                 return
+            _refuse_own(command.id)
             await self._refuse_used(command.id)
             self._watchers[command.id] = [caller]
             await self._accept(command, caller.actor.name)
@@ -478,6 +480,17 @@ class CommandDesk:
                 f"stop and checkpoint save are not; make {self._run_dir.path} writable and leave room there",
                 severity="error",
             )
+        )
+
+
+def _refuse_own(command_id: str) -> None:
+    """Raises `Refusal`, and records nothing under an id that rank 0 may give to a command of its own."""
+    if is_own_id(command_id):
+        raise Refusal(
+            "own_id",
+            f"the command id {command_id} is one of those that the run gives itself, when it undoes a change on trial, "
+            "ends a pause or is preempted: nothing was done",
+            "send it with another --command-id",
         )
 
 

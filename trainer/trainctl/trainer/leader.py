@@ -42,6 +42,7 @@ from trainctl.trainer.reverts import LEAD_LIMIT
 from trainctl.trainer.superseded import GivingWay
 from trainctl.wire.commands import Command, Resume, spec_of
 from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand
+from trainctl.wire.own_ids import undoing_id
 
 log = logging.getLogger(__name__)
 
@@ -135,12 +136,13 @@ class Leader(threading.Thread):
         """
         # In two phases where there is a condition: rank 0 looks at it at the boundary.
         condition = f"not ({command.unless})" if command.unless is not None else None
-        name = f"{command.id[:85]}.undo{f'.{asked + 1}' if asked else ''}"
+        number = asked + 1
+        while (name := undoing_id(command.id, number)) in self._seen:
+            number += 1
         undoing = Command(id=name, action=command.action, condition=condition)
-        if undoing.id not in self._seen:
-            self._seen.add(undoing.id)
-            self._due[undoing.id] = due
-            self._commands.put((LinkCommand(command=undoing, actor=actor, accepted=time.time()), command.id))
+        self._seen.add(name)
+        self._due[name] = due
+        self._commands.put((LinkCommand(command=undoing, actor=actor, accepted=time.time()), command.id))
 
     def holds(self, command_id: str) -> bool:
         """Whether a command was submitted and has no outcome yet."""

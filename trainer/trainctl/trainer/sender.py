@@ -44,6 +44,7 @@ from trainctl.wire.messages import (
     RunInfo,
     SourceAddress,
 )
+from trainctl.wire.own_ids import AUTO_RESUME
 from trainctl.wire.rundir import RunDir
 
 log = logging.getLogger(__name__)
@@ -323,7 +324,7 @@ class Sender(threading.Thread):
         hold.resumes_at = time.time() + _RESUME_AGAIN_S  # should the ranks find no step for it this time
         if self._leader.holds(hold.resuming):
             return  # the job's store is silent: it comes through as soon as that answers
-        hold.resuming = f"auto-resume-{int(time.time() * 1000)}"
+        hold.resuming = f"{AUTO_RESUME}{int(time.time() * 1000)}"
         command = Command(id=hold.resuming, action=Resume())
         self._leader.submit(LinkCommand(command=command, actor=f"{hold.by} (pause --for)", accepted=time.time()))
 
