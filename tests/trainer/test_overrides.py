@@ -312,6 +312,21 @@ def test_an_optimizer_that_never_passes_its_hooks_is_named() -> None:
     assert overrides.check(LrScale(factor=0.5), boundary=3) is None
 
 
+@pytest.mark.parametrize("groups", [1, 2, 30], ids=["one group", "two groups", "a group each"])
+@pytest.mark.parametrize("moved", [[0], [*range(15)], [*range(15, 29)], [29]])
+def test_it_is_named_also_where_some_of_its_parameters_never_get_a_gradient(groups: int, moved: list[int]) -> None:
+    parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(30)]
+    parameters[1].requires_grad_(False)
+    each = 30 // groups
+    optimizer = SGD([{"params": parameters[first : first + each]} for first in range(0, 30, each)], lr=0.1)
+    overrides = Overrides([optimizer])
+    with torch.no_grad():
+        for number in moved:
+            parameters[number].sub_(0.1)
+    refused = overrides.check(LrScale(factor=0.5), boundary=2)
+    assert "SGD changes parameters without passing its step hooks" in str(refused)
+
+
 def test_boundaries_without_one_step_are_suspect_only_where_a_graph_may_make_them_and_when_there_are_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

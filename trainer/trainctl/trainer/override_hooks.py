@@ -24,6 +24,7 @@ from trainctl.trainer.override_rules import FIELDS, LR, Rule
 
 # A GradScaler that starts at 2**16 may skip up to sixteen steps before its first: fewer boundaries prove nothing.
 UNOBSERVED_BOUNDARIES = 20
+_LOOKED_AT = 8  # parameters, spread over all groups
 _KEYS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (LR, (LR,)),
     *((name, (name,)) for name in FIELDS[:2]),
@@ -73,7 +74,7 @@ class Watch:
     timing: bool = False
     observed: int = 0
     swaps: list[Swap] = field(default_factory=list)
-    after: int = 0  # version of a parameter at the end of the last observed step
+    after: int = 0  # version of the parameters at the end of the last observed step
     seen: Seen = field(default_factory=Seen)
 
     def hook(self, begin: Callable[[], None]) -> None:
@@ -112,12 +113,19 @@ class Watch:
         self.handles.clear()
 
     def version(self) -> int:
-        """How often the first trainable parameter was written to, by anybody."""
-        for group in self.optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad:
-                    return int(parameter._version)
-        return 0
+        """How often the parameters that are looked at were written to, by anybody.
+
+        Those are one trainable one in each of a few stretches of all, the first and the last among them: one alone may
+        never get a gradient.
+        """
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        version = 0
+        for part in range(_LOOKED_AT):
+            begin, end = (len(parameters) * edge // _LOOKED_AT for edge in (part, part + 1))
+            stretch = parameters[begin:end][:: -1 if part % 2 else 1]
+            looked_at = next((parameter for parameter in stretch if parameter.requires_grad), None)
+            version += looked_at._version if looked_at is not None else 0
+        return version
 
     def may_be_captured(self) -> bool:
         """Whether a CUDA graph could make this optimizer's steps."""
