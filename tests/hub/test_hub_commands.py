@@ -271,6 +271,41 @@ def test_expiry_and_cancel_ask_rank_0_to_withdraw(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_a_cancel_that_was_lost_with_the_link_is_sent_again(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+
+    async def scenario() -> None:
+        with hub_running(run_dir) as hub:
+            async with peer_of(hub.card()) as peer:
+                with rank_linked(run_dir) as rank:
+                    rank.step(5)
+                    for name in ("kept", "taken"):
+                        assert (
+                            await first_reply(
+                                peer,
+                                request(
+                                    LrScale(factor=0.5) if name == "kept" else SetTunable(name="clip", value=2.0), name
+                                ),
+                            )
+                        ).state == "accepted"
+                    cancel = request(Cancel(command="taken"), "take-back")
+                    assert (await first_reply(peer, cancel)).state == "accepted"
+                with rank_linked(run_dir) as rank:
+                    given = [await heard_by(rank, LinkCommand) for _ in range(2)]
+                    withdrawn = await heard_by(rank, LinkCancel)
+                    assert isinstance(withdrawn, LinkCancel)
+                    assert (withdrawn.id, withdrawn.superseded_by) == ("taken", None)
+                    again = given[1]
+                    assert isinstance(again, LinkCommand)
+                    rank.answer(again, "rejected", reason=f"cancelled by {withdrawn.actor}")
+                    outcome = await snapshot_when(
+                        peer, lambda now: [u for u in updates_in(now) if u.state == "applied"]
+                    )
+                    assert [u.id for u in updates_in(outcome) if u.state == "applied"] == ["take-back"]
+
+    asyncio.run(scenario())
+
+
 def test_a_newer_setting_supersedes_the_one_that_waits_and_nothing_follows_a_stop(tmp_path: Path) -> None:
     async def scenario() -> None:
         with hub_running(tmp_path / "run") as hub, rank_linked(tmp_path / "run") as rank:

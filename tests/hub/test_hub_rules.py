@@ -1,8 +1,10 @@
 """Why a command is rejected before anybody is asked to carry it out."""
 
+import click
 import msgspec
 import pytest
 
+from trainctl.cli.main import cli
 from trainctl.hub.rules import Situation, rejection
 from trainctl.wire.commands import REGISTRY, Abort, Act, Command, carrier_of
 from trainctl.wire.messages import CheckpointInfo, CommandUpdate, RunInfo, Tunable
@@ -63,3 +65,22 @@ def test_a_condition_is_refused_wherever_no_boundary_decides_it(name: str) -> No
         else:
             assert refused is not None
             assert f"{name} is carried out at once, and a condition is decided by rank 0" in refused
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_what_the_command_line_puts_on_trial_is_taken_and_nothing_else(name: str) -> None:
+    offered = any(option.name == "revert_after" for option in subcommand(name).params)
+    refused = rejection(Command(id="c", action=action_of(name), revert_after=9), situation())
+    if offered:
+        assert refused is None
+    else:
+        assert f"{name} cannot revert by itself" in str(refused)
+
+
+def subcommand(name: str) -> click.Command:
+    found: click.Command | None = cli
+    for word in name.split():
+        assert isinstance(found, click.Group)
+        found = found.get_command(click.Context(found), word)
+    assert found is not None
+    return found

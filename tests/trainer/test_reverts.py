@@ -88,6 +88,13 @@ def test_a_release_on_trial_puts_the_override_back(rank: OneRank) -> None:
     assert rank.overrides.describe() == {"beta1": "= 0.5"}
 
 
+def test_so_does_a_release_of_the_rate(rank: OneRank) -> None:
+    rank.do(LrScale(factor=0.5))
+    rank.do(LrRelease(), revert_after=N)
+    rank.train(10)
+    assert [scaled(rank)[step] for step in range(11, 21)] == [1.0] * N + [0.5] * 4
+
+
 @pytest.mark.parametrize(("unless", "stays"), [("loss < 3", True), ("loss < 1", False), ("unheard_of < 1", False)])
 def test_the_condition_is_looked_at_when_the_time_is_over_and_decides_once(
     rank: OneRank, unless: str, stays: bool

@@ -309,6 +309,8 @@ class CommandDesk:
                 continue
             opened.cancel_sent = False
             self._line.send(LinkCommand(command=opened.command, actor=opened.actor, accepted=opened.accepted))
+            for cancel in self._cancels.get(opened.command.id, [])[:1]:
+                self._line.send(LinkCancel(id=opened.command.id, actor=cancel.actor))
 
     def rank_gone(self, reason: str, *, ended: bool) -> None:
         """Nobody will say any more what became of pending commands. After an orderly end, what was never

@@ -13,6 +13,7 @@ from trainctl.wire.commands import (
     CheckpointUnpin,
     Command,
     EndRanks,
+    LrRelease,
     LrScale,
     LrSet,
     Restart,
@@ -65,8 +66,8 @@ def _conditions(command: Command) -> str | None:
                 parse(text)
             except ExpressionError as error:
                 return f"the condition cannot be read: {error}"
-    if command.revert_after is not None and not isinstance(command.action, LrScale | LrSet | SetTunable):
-        return f"{spec_of(command.action).name} cannot revert by itself: only lr scale, lr set and set can"
+    if command.revert_after is not None and not isinstance(command.action, LrScale | LrSet | LrRelease | SetTunable):
+        return f"{spec_of(command.action).name} cannot revert by itself: only lr and set can"
     if command.unless is not None and command.revert_after is None:
         return "unless says when not to revert: give revert-after with it"
     if command.condition is not None and carrier_of(command.action) != "ranks":
