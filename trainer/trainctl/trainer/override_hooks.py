@@ -62,6 +62,16 @@ class Seen:
     problem: bool = False
 
 
+def _spread(parameters: list[torch.Tensor]) -> list[torch.Tensor]:
+    """One trainable parameter of each of a few stretches of all, where a stretch has one."""
+    found = []
+    for part in range(_LOOKED_AT):
+        begin, end = (len(parameters) * edge // _LOOKED_AT for edge in (part, part + 1))
+        stretch = parameters[begin:end][:: -1 if part % 2 else 1]
+        found += [parameter for parameter in stretch if parameter.requires_grad][:1]
+    return found
+
+
 @dataclass(kw_only=True, eq=False)
 class Watch:
     """One optimizer: its hooks, how deep in nested steps it is, and what is replaced meanwhile."""
@@ -76,6 +86,8 @@ class Watch:
     swaps: list[Swap] = field(default_factory=list)
     after: int = 0  # version of the parameters at the end of the last observed step
     seen: Seen = field(default_factory=Seen)
+    _made_of: tuple[tuple[int, int, int], ...] = ()
+    _looked_at: list[torch.Tensor] = field(default_factory=list)
 
     def hook(self, begin: Callable[[], None]) -> None:
         """Set the hooks; `begin` is called where an outermost step begins, to replace what is to be replaced."""
@@ -118,14 +130,19 @@ class Watch:
         Those are one trainable one in each of a few stretches of all, the first and the last among them: one alone may
         never get a gradient.
         """
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        # Asked at each step: which they are is found out only where the groups are not what they were.
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        made_of = tuple((len(group), id(group[0]), id(group[-1])) for group in groups if group)
         version = 0
-        for part in range(_LOOKED_AT):
-            begin, end = (len(parameters) * edge // _LOOKED_AT for edge in (part, part + 1))
-            stretch = parameters[begin:end][:: -1 if part % 2 else 1]
-            looked_at = next((parameter for parameter in stretch if parameter.requires_grad), None)
-            version += looked_at._version if looked_at is not None else 0
-        return version
+        if made_of == self._made_of and self._looked_at:
+            for parameter in self._looked_at:
+                if not parameter.requires_grad:
+                    break
+                version += parameter._version
+            else:
+                return version
+        self._made_of, self._looked_at = made_of, _spread([parameter for group in groups for parameter in group])
+        return sum(parameter._version for parameter in self._looked_at)
 
     def may_be_captured(self) -> bool:
         """Whether a CUDA graph could make this optimizer's steps."""
