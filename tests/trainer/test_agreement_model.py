@@ -163,14 +163,14 @@ def test_behind_a_batch_of_an_evaluation_too_however_many_each_rank_has(batches:
 
 
 @pytest.mark.parametrize(
-    "evaluations",
+    ("on_eval", "evaluations"),
     [
-        pytest.param([(2,), ()], id="rank 0 evaluates for all, or rank 1 raises before its first batch"),
-        pytest.param([(), (2,)], id="rank 0 has none"),
-        pytest.param([(2, 2), (1,)], id="one has two"),
+        pytest.param(1, [(2,), ()], id="rank 0 evaluates for all, or rank 1 raises before its first batch"),
+        pytest.param(1, [(), (2,)], id="rank 0 has none"),
+        pytest.param(1, [(1, 2), (1,)], id="one has two"),
+        pytest.param(2, [(1,), ()], id="twice at one step"),
     ],
 )
-@pytest.mark.parametrize("on_eval", [1, 2])
 def test_where_ranks_differ_in_how_many_evaluations_they_make_too(
     on_eval: int, evaluations: list[tuple[int, ...]]
 ) -> None:
