@@ -83,6 +83,27 @@ def test_an_evaluation_that_was_asked_for_lets_others_act_meanwhile(tmp_path: Pa
         running.until_step(held + 3)
 
 
+def test_where_rank_0_evaluates_for_all_a_command_is_for_the_next_step_and_so_is_what_comes_behind_it(
+    tmp_path: Path,
+) -> None:
+    options = ["--long-evaluation", "--rank-0-evaluates", "--eval-every", "40", "--sleep", "0.02"]
+    with job("steered.py", 2, tmp_path, options) as running:
+        running.until_step(1)
+        run = ["-r", str(running.directory)]
+        until(lambda: status(running)["state"] == "evaluating", 30, what="an evaluation")
+        step = status(running)["step"]
+        sent = trainctl("set", "x", "5", *run, "--command-id", "x5", "--timeout", "0.1s", "--json", check=False)
+        assert json.loads(sent.stdout)["state"] == "unknown", "rank 1 is behind its part"
+        assert not (tmp_path / "eval-1.jsonl").exists()
+        (tmp_path / "enough").touch()
+        done = trainctl_json("set", "x", "5", *run, "--command-id", "x5")
+        assert done["state"] == "applied"
+        assert done["step"] > step
+        assert act(running, "pause")["state"] == "applied", "what comes behind it works"
+        assert act(running, "resume")["state"] == "applied"
+        trains_on(running)
+
+
 @pytest.mark.parametrize(
     ("ranks", "raising", "words"),
     [

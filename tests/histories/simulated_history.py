@@ -143,7 +143,13 @@ class Scene:
         each = [batches + (dice.randint(0, 4) if uneven else 0) for _ in range(ranks)]
         raising = frozenset(range(ranks) if dice.random() < 0.3 else [dice.randrange(ranks)])
         raises = raising if dice.random() < 0.3 else frozenset[int]()
-        return {"eval_every": dice.choice((0, 2, 5, 9)), "eval_batches": each, "eval_raises": raises}
+        return {
+            "eval_every": dice.choice((0, 2, 5, 9)),
+            "eval_batches": each,
+            "eval_raises": raises,
+            "eval_raises_early": dice.random() < 0.5,
+            "eval_leads": dice.random() < 0.3,
+        }
 
     # --- commands
 

@@ -318,7 +318,7 @@ class SimulatedRank:
                 if world.dice.random() < 0.1:
                     world.hiccup()
                 if job.eval_every and boundary.completed % job.eval_every == 0:
-                    evaluation.evaluate(self.core)
+                    evaluation.evaluate(self.core, self._meet_inside)
                     self.actions.settle_stop()
                 if boundary.armed is not None or self.core.hold is not None:
                     self.actions.meet()
@@ -333,8 +333,17 @@ class SimulatedRank:
                 self.fate = "left"
 
     def _on_eval(self) -> dict[str, float]:
-        """Batches, not as many on each rank, and then a collective, as where losses are averaged."""
+        """Batches, not as many on each rank, and then a collective, as where losses are averaged.
+
+        Where rank 0 evaluates for all, the others have no batches and return at once.
+        """
         world, job, done = self.job.world, self.job, 0
+        if self.number in job.eval_raises and self.actions.asked and job.eval_raises_early:
+            self.evaluations += 1
+            raise RuntimeError("the script's own")
+        if job.eval_leads and self.number:
+            self.actions.evaluated()
+            return {}
         batches = evaluation.batches(self.core, range(job.eval_batches[self.number]), self._meet_inside)
         for _ in batches:
             world.sleep(job.step_s * world.dice.uniform(0.2, 0.6))
@@ -344,7 +353,7 @@ class SimulatedRank:
         def together() -> bool:
             return all(other.evaluations >= self.evaluations or other.core.boundary.closed for other in job.ranks)
 
-        if not together():
+        if not job.eval_leads and not together():
             world.wait(together, None)
         value = 1.0 / done  # as a script's mean would, it fails where the batches ended before the first
         if self.number in job.eval_raises and self.actions.asked:
@@ -395,11 +404,15 @@ class SimulatedJob:
         eval_every: int = 0,
         eval_batches: Sequence[int] = (),
         eval_raises: frozenset[int] = frozenset(),
+        eval_raises_early: bool = False,
+        eval_leads: bool = False,
     ) -> None:
         self.world = world
         self.eval_every = eval_every
         self.eval_batches = eval_batches or [2] * ranks
         self.eval_raises = eval_raises  # on these ranks, where an operator asked for it
+        self.eval_raises_early = eval_raises_early  # before the first batch
+        self.eval_leads = eval_leads  # rank 0 alone has batches
         self.directory = directory
         self.world_size = ranks
         self._step_s = step_s

@@ -73,10 +73,16 @@ def _unfaithful(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
         def never_late(proposed: Position, *, at: Position, held_at: Position | None, refusal: str | None) -> object:
             return honest(proposed, at=min(at, Position(proposed.step - 1)), held_at=held_at, refusal=refusal)
 
+        def not_passed(self: Position, proposed: Position) -> bool:
+            return False
+
         monkeypatch.setattr(control, "answer", never_late)
+        monkeypatch.setattr(Position, "passed", not_passed)
 
 
-@pytest.mark.parametrize("kind", ["a rank leaves its boundary when its patience is over", "a rank is never late"])
+@pytest.mark.parametrize(
+    "kind", ["a rank leaves its boundary when its patience is over", "a rank is never late and waits for what is past"]
+)
 def test_a_protocol_with_a_fault_in_it_is_found_out(
     kind: str, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,9 @@
 """Trains next to nothing, in step with the other ranks, and writes down every command as it is applied.
 
 usage: steered.py OUTPUT [--sleep S] [--steps N] [--eval-every N] [--long-evaluation] [--timeout S] [--store-line]
+                         [--rank-0-evaluates]
 
+--rank-0-evaluates: for all; the others return from on_eval at once.
 --timeout S: of the process group and of the store that it is made through.
 --store-line: rank 1 reaches the job's store through relay.py, whose pid is in OUTPUT/store-line.pid.
 """
@@ -50,15 +52,18 @@ def until_enough(output: Path) -> Iterator[int]:
         yield batch
 
 
-def evaluate(run: Run, output: Path, rank: int) -> dict[str, float]:
-    """Batches of 50 ms, whose number is then summed over the ranks."""
+def evaluate(run: Run, output: Path, rank: int, *, alone: bool) -> dict[str, float]:
+    """Batches of 50 ms, whose number is then summed over the ranks; `alone`: rank 0 evaluates for all."""
     seen = torch.zeros(1)
+    if alone and rank:
+        return {}
     with (output / f"eval-{rank}.jsonl").open("a") as file:
         for batch in run.eval_batches(until_enough(output)):
             time.sleep(0.05)
             seen += 1
             print(json.dumps({"step": run.step, "batch": batch, "time": time.time()}), file=file, flush=True)
-    dist.all_reduce(seen)
+    if not alone:
+        dist.all_reduce(seen)
     return {"val_loss": float(seen)}
 
 
@@ -79,6 +84,7 @@ def main() -> None:
     parser.add_argument("--sleep", type=float, default=0.01)
     parser.add_argument("--eval-every", type=int)
     parser.add_argument("--long-evaluation", action="store_true")
+    parser.add_argument("--rank-0-evaluates", action="store_true")
     parser.add_argument("--timeout", type=float, default=1800.0)
     parser.add_argument("--store-line", action="store_true")
     given = parser.parse_args()
@@ -96,7 +102,11 @@ def main() -> None:
         optimizer=optimizer,
         loader=DataLoader(TensorDataset(torch.randn(64, 4)), batch_size=8),
         total_steps=given.steps,
-        on_eval=lambda: evaluate(runs[0], given.output, rank) if given.long_evaluation else {"val_loss": 1.0},
+        on_eval=lambda: (
+            evaluate(runs[0], given.output, rank, alone=given.rank_0_evaluates)
+            if given.long_evaluation
+            else {"val_loss": 1.0}
+        ),
         eval_every=given.eval_every,
     )
     runs.append(run)

@@ -3,7 +3,7 @@
 The model has what can interleave: each control thread arms, then reads how far training is; each training thread
 goes to its next boundary, then reads whether something is armed; rank 0 decides; a rank at its boundary may lose
 patience. Ranks are tied by a collective in each step, as in DDP, and by one behind each evaluation: nobody goes on
-before all have come as far. Behind step 1 there is an evaluation, of other lengths on other ranks.
+before all have come as far. Behind step 1 there are evaluations, of other lengths and numbers on other ranks.
 """
 
 from collections.abc import Iterator
@@ -26,17 +26,23 @@ class Place:
     behind: int = 0  # how many collectives lie before it
 
 
-def way(batches: int | None) -> list[Place]:
-    """What a rank passes; with `batches` None there is no evaluation."""
-    if batches is None:
+def way(*evaluations: int, on_eval: int | None = 1) -> list[Place]:
+    """What a rank passes: `on_eval`, so many times, and in each evaluations of so many batches. None: there is none."""
+    if on_eval is None:
         return [Place(Position(step), behind=max(0, step)) for step in range(LAST + 1)]
-    begun = Position(1).begins()
-    places = [Place(Position(0)), Place(Position(1), looks=False, behind=1), Place(begun, looks=False, behind=1)]
-    places += [Place(Position(1, begun.mark + done), inside=True, behind=1) for done in range(1, batches + 1)]
-    places += [
-        Place(begun.ends(), inside=True, behind=1),
-        Place(begun.ends(), behind=2),
-    ]  # then the step's own boundary
+    at = Position(1)
+    places = [Place(Position(0)), Place(at, looks=False, behind=1)]
+    for _ in range(on_eval):
+        returned = at.returns()
+        for batches in evaluations:
+            at = at.begins()
+            places.append(Place(at, looks=False, behind=1))
+            places += [Place(Position(1, at.mark + done), inside=True, behind=1) for done in range(1, batches + 1)]
+            at = at.ends()
+            places.append(Place(at, inside=True, behind=1))
+        at = returned
+        places.append(Place(at, inside=True, behind=1))
+    places.append(Place(at, behind=2))  # then the step's own boundary
     return places + [Place(Position(step), behind=step + 1) for step in range(2, LAST + 1)]
 
 
@@ -144,7 +150,7 @@ def walk(ways: list[list[Place]], proposed: Position) -> set[str]:
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_in_every_interleaving_all_ranks_apply_at_the_step_or_none_does(ranks: int) -> None:
-    outcomes = walk([way(None)] * ranks, Position(2))
+    outcomes = walk([way(on_eval=None)] * ranks, Position(2))
     assert outcomes == {"go", "abort"}, "both ends are reached, or the model shows nothing"
 
 
@@ -154,3 +160,35 @@ def test_behind_a_batch_of_an_evaluation_too_however_many_each_rank_has(batches:
     for proposed in (Position(1), Position(2), Position(1, begun.mark + 1), Position(1, begun.mark + 2)):
         outcomes = walk([way(count) for count in batches], proposed)
         assert outcomes == {"go", "abort"}, proposed
+
+
+@pytest.mark.parametrize(
+    ("on_eval", "evaluations"),
+    [
+        pytest.param(1, [(2,), ()], id="rank 0 evaluates for all, or rank 1 raises before its first batch"),
+        pytest.param(1, [(), (2,)], id="rank 0 has none"),
+        pytest.param(1, [(1, 2), (1,)], id="one has two"),
+        pytest.param(2, [(1,), ()], id="twice at one step"),
+    ],
+)
+def test_where_ranks_differ_in_how_many_evaluations_they_make_too(
+    on_eval: int, evaluations: list[tuple[int, ...]]
+) -> None:
+    longest = way(*max(evaluations, key=len), on_eval=on_eval)
+    marks = sorted({place.at for place in longest if place.at.evaluating and place.at.batch})
+    for proposed in (Position(1), Position(2), *marks):
+        outcomes = walk([way(*own, on_eval=on_eval) for own in evaluations], proposed)
+        assert outcomes == {"go", "abort"}, proposed
+
+
+def test_the_ends_of_evaluations_and_of_on_eval_come_in_one_order_on_every_rank() -> None:
+    begun = Position(3).begins()
+    second = begun.ends().begins()
+    returned = Position(3).returns()
+    again = returned.begins()
+    assert begun < begun.ends() < second < second.ends() < returned < again < returned.returns() < Position(4)
+    assert again.evaluating
+    assert not again.batch
+    batch = Position(3, second.mark + 5)
+    assert [at.passed(batch) for at in (second, returned, again, Position(4))] == [False, False, True, True]
+    assert not again.passed(Position(3)), "the step's own boundary comes behind all of them"

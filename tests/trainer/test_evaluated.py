@@ -15,7 +15,7 @@ from trainctl.trainer.actions import Actions
 from trainctl.trainer.agreement import Proposal, Seal
 from trainctl.trainer.control import InDoubt
 from trainctl.trainer.core import Callbacks
-from trainctl.trainer.evaluated import Evaluated, Report, in_step, put_back, told, words_for
+from trainctl.trainer.evaluated import Evaluated, Report, in_step, put_back, survives, told, words_for
 from trainctl.trainer.meeting import Connection
 from trainctl.wire.commands import Command, Evaluate
 from trainctl.wire.messages import CommandUpdate
@@ -213,3 +213,22 @@ def test_what_trainctl_itself_raises_inside_an_evaluation_passes_whatever_the_sc
         with pytest.raises(raised):
             actions._evaluate(ASKED)
         assert not events, "nobody knows yet"
+
+
+class Ending(Evaluated):
+    """Its thread ends, all said, between two looks of the training thread."""
+
+    def __init__(self, reports: list[Report]) -> None:
+        super().__init__(Connection(HashStore(), "t", Seal(b"", 1)), number=1, rank=1, ranks=2, tell=lambda _: None)
+        self.all = reports
+
+    def is_alive(self) -> bool:
+        if self.all:
+            self._end(self.all)
+        return False
+
+
+@pytest.mark.parametrize(("reports", "goes_on"), [([WHOLE, raised()], True), ([], False)])
+def test_what_was_learnt_in_the_last_moment_counts(reports: list[Report], goes_on: bool, tmp_path: Path) -> None:
+    core = Rank(1, 2, HashStore(), threading.Barrier(1), tmp_path).core
+    assert survives(core, Ending(reports), ValueError("bad"), lambda: None) == goes_on

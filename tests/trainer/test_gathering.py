@@ -10,7 +10,9 @@ from torch.distributed import HashStore
 
 from trainctl.trainer import control as control_module
 from trainctl.trainer.actions import refusal
-from trainctl.trainer.agreement import MAX_SKEW, Proposal, Seal
+from trainctl.trainer.agreement import MAX_SKEW, Proposal, Seal, in_two_phases
+from trainctl.trainer.core import Callbacks
+from trainctl.trainer.evaluation import evaluate
 from trainctl.trainer.leader import Leader, Prepared
 from trainctl.trainer.meeting import Connection
 from trainctl.wire.commands import Action, Command, Pause, SetTunable
@@ -29,7 +31,7 @@ class Pair:
             world_size=2,
             boundary=self.ranks[0].core.boundary,
             connection=Connection(store, "p", Seal(b"secret", 1)),
-            prepare=lambda _: Prepared(),
+            prepare=lambda command: Prepared(two_phase=in_two_phases(command)),
             tell=self.told.append,
             incarnation=lambda: 1,
         )
@@ -37,22 +39,37 @@ class Pair:
             rank.control.start()
         self.leader.start()
 
-    def send(self, action: Action) -> None:
-        self.leader.submit(LinkCommand(command=Command(id="c", action=action), actor="mk", accepted=0.0))
+    def send(self, action: Action, *, name: str = "c", condition: str | None = None) -> None:
+        command = Command(id=name, action=action, condition=condition)
+        self.leader.submit(LinkCommand(command=command, actor="mk", accepted=0.0))
 
-    def scheduled(self) -> int:
+    def scheduled(self, name: str = "c") -> int:
         """The step that all ranks agreed on, once each of them knows it."""
-        until(lambda: any(update.state == "scheduled" for update in self.told), 20, what="the agreement")
+
+        def found() -> CommandUpdate | None:
+            return next((update for update in self.told if (update.id, update.state) == (name, "scheduled")), None)
+
+        agreed = until(found, 20, what="the agreement")
         for rank in self.ranks:
             until(lambda rank=rank: rank.core.boundary.armed is not None, 20)  # type: ignore[misc]
-        return next(update.step for update in self.told if update.state == "scheduled")
+        assert agreed is not None
+        return agreed.step
 
     def meet(self, rank: int, step: int) -> None:
         self.ranks[rank].core.boundary.completed = step
         self.ranks[rank].actions.meet()
 
-    def outcome(self) -> tuple[str, str]:
-        found = until(lambda: next((u for u in self.told if u.state not in {"accepted", "scheduled"}), None), 20)
+    def evaluate(self, rank: int) -> None:
+        """This rank's `on_eval` as the rank's training thread calls it."""
+        one = self.ranks[rank]
+        evaluate(one.core, lambda: one.actions.meet(inside=True))
+
+    def outcome(self, name: str = "c") -> tuple[str, str]:
+        def final() -> CommandUpdate | None:
+            ends = (u for u in self.told if u.id == name and u.state not in {"accepted", "scheduled"})
+            return next(ends, None)
+
+        found = until(final, 20, what=f"the outcome of {name}")
         assert found is not None
         return found.state, str(found.reason)
 
@@ -121,6 +138,61 @@ def test_a_rank_that_does_not_come_is_waited_for_no_longer_than_the_limit(
     state, reason = pair.outcome()
     assert (state, pair.applied()) == ("rejected", [[], []])
     assert f"not every rank came to the boundary of step {step}" in reason
+    pair.close()
+
+
+@pytest.mark.parametrize("condition", [None, "step >= 0"])
+def test_a_rank_that_is_past_a_boundary_that_it_did_not_act_on_is_the_end_of_that_command_and_not_of_the_next(
+    condition: str | None, pair: Pair
+) -> None:
+    pair.send(SetTunable(name="x", value=7), condition=condition)
+    step = pair.scheduled()
+    pair.ranks[1].core.boundary.completed = step + 1
+    pair.meet(0, step)  # called off while it waits
+    reason = "it went past the boundary without acting on it; nothing was changed on any rank"
+    assert pair.outcome() == ("rejected", f"rank 1: {reason}")
+    assert pair.applied() == [[], []]
+
+    pair.ranks[0].core.boundary.completed = step + 1
+    pair.send(SetTunable(name="x", value=8), name="next")
+    step = pair.scheduled("next")
+    other = threading.Thread(target=pair.meet, args=(1, step))
+    other.start()
+    pair.meet(0, step)
+    other.join(20)
+    assert pair.outcome("next")[0] == "applied"
+    assert pair.applied() == [[(step, 8)], [(step, 8)]]
+    pair.close()
+
+
+def test_a_rank_without_the_evaluation_in_which_a_command_was_agreed_on_takes_part_when_its_on_eval_returns(
+    pair: Pair,
+) -> None:
+    first, other = pair.ranks
+    other.core.callbacks = Callbacks(on_eval=lambda: None)
+    first.core.boundary.begin_evaluation()
+    pair.send(SetTunable(name="x", value=7))
+    pair.scheduled()
+    proposed = first.core.boundary.armed
+    assert proposed is not None
+    assert proposed.proposal.mark, "rank 1 is as far as a rank that is about to begin its own"
+    returning = threading.Thread(target=pair.evaluate, args=(1,))
+    returning.start()
+    while first.core.boundary.position < proposed.proposal.position:
+        first.core.boundary.next_batch()
+    first.actions.meet(inside=True)
+    returning.join(20)
+    assert pair.outcome()[0] == "applied"
+    assert pair.applied() == [[(0, 7)], [(0, 7)]]
+
+    pair.send(SetTunable(name="x", value=8), name="next")
+    step = pair.scheduled("next")
+    assert step > 0, "rank 1 is done: the next one is for a boundary that it has"
+    returning = threading.Thread(target=pair.meet, args=(1, step))
+    returning.start()
+    pair.meet(0, step)
+    returning.join(20)
+    assert pair.outcome("next")[0] == "applied"
     pair.close()
 
 

@@ -196,7 +196,7 @@ def test_a_configuration_without_readable_names_is_empty() -> None:
 def test_an_evaluation_that_returns_no_metrics_is_told_of(tmp_path: Path, make: Callable[[], Any]) -> None:
     one, returned = OneRank(tmp_path), make()
     one.core.callbacks = Callbacks(on_eval=lambda: returned)
-    evaluate(one.core)
+    evaluate(one.core, lambda: None)
     (told,) = [event for event in one.core.events if getattr(event, "what", "") == "metric"]
     assert f"on_eval returned a {type(returned).__name__}, no metrics by name" in told.text  # type: ignore[union-attr]
 
@@ -205,6 +205,6 @@ def test_an_evaluations_numbers_are_kept_beside_what_is_none(tmp_path: Path) -> 
     one = OneRank(tmp_path)
     metrics: dict[str, Any] = {"val": 0.5, "odd": Unwilling(), "many": torch.zeros(3)}
     one.core.callbacks = Callbacks(on_eval=lambda: metrics)
-    evaluate(one.core)
+    evaluate(one.core, lambda: None)
     assert one.core.last_metrics == {"val": 0.5}
     assert len(one.core.events) == 2

@@ -147,7 +147,7 @@ class Actions:
         complete = False
         try:
             with put_back(core.models):
-                complete = evaluate(core)
+                complete = evaluate(core, lambda: self.meet(inside=True))
             left = None if complete else f"left before it was complete: stopped by {core.ended_by}"
             survey.report(complete=complete, reason=left)
         except Exception as error:

@@ -34,6 +34,7 @@ _SKEW_S = 0.005
 _MAC_BYTES = 16
 _HALF = 32
 _BATCHES = (1 << _HALF) - 1
+_ROUND = (1 << 48) - 1  # the batches of all evaluations that one call of `on_eval` may make
 
 GO, ABORT, COMMIT, CANCEL = b"go", b"abort", b"commit", b"cancel"
 
@@ -43,6 +44,8 @@ class Position(NamedTuple):
 
     `mark` 0 is the boundary of `step`. Above 0 it lies in an evaluation there: the upper half counts the evaluations
     of this step from 1, the lower half (`_BATCHES`) the batches that are done, or says that the evaluation is over.
+    Each call of `on_eval` counts within 16 bits (`_ROUND`), so that its end is one place on ranks that differ in how
+    many evaluations it makes there, if any.
     """
 
     step: int
@@ -65,15 +68,26 @@ class Position(NamedTuple):
         """The evaluation is over: behind all of its batches, however many another rank may have."""
         return Position(self.step, self.mark | _BATCHES)
 
+    def returns(self) -> "Position":
+        """Where an `on_eval` that is called here ends: behind all its evaluations, however many another rank has."""
+        return Position(self.step, (self.mark + 1) | _ROUND)
+
     def meets(self, proposed: "Position") -> bool:
         """Whether the training thread, here, is at this boundary.
 
         The boundary of a step also comes behind an evaluation that belongs to it. A rank whose batches ran out meets
-        the boundary of a batch that it does not have at its end: it has begun nothing that others would wait for.
+        the boundary of a batch that it does not have at its end, and one that does not have the evaluation at the end
+        of `on_eval`: it has begun nothing that others would wait for.
         """
         if self.step != proposed.step or self.evaluating:
             return self == proposed
-        return proposed.mark == 0 or (self.mark == proposed.mark | _BATCHES)
+        return proposed.mark == 0 or self.mark in {proposed.mark | _BATCHES, proposed.mark | _ROUND}
+
+    def passed(self, proposed: "Position") -> bool:
+        """Whether the training thread, here, will not come to this boundary any more."""
+        if self.step != proposed.step:
+            return self.step > proposed.step
+        return proposed.mark != 0 and self.mark > proposed.mark | _ROUND
 
 
 class Proposal(Struct, frozen=True, kw_only=True):

@@ -36,6 +36,7 @@ _AGAIN_S = 1.0
 _WITHDRAW_S = 1.0
 _LOOK_S = 5.0
 _SHADOW_S = 0.2
+_PASSED = "it went past the boundary without acting on it; nothing was changed on any rank"
 _SHADOWS = "it only shadows the other ranks in torch's Join: it has no boundary now"
 
 
@@ -198,14 +199,24 @@ class Control(threading.Thread):
         return no_common_step(own=self._boundary.completed, other=proposal.at, whose="rank 0")
 
     def _until_met(self, armed: Armed, event: threading.Event) -> None:
-        """Wait for the training thread, unless it will not come: its data ended within `Join` after it said *ready*."""
+        """Wait for the training thread, unless it will not come.
 
-        def gone() -> bool:
-            return self._ranks > 1 and not armed.met and in_shadow(self._training)
+        Its data ended within `Join` after it said *ready*, or it is past the boundary: then no command may wait for it,
+        for each waits for the one before, on every rank.
+        """
+        boundary, proposed = self._boundary, armed.proposal.position
 
-        if not watch(event, gone, _SHADOW_S):
-            self._boundary.disarm(armed)
-            self._boundary.miss(armed, _SHADOWS)
+        def gone() -> str | None:
+            # Where it is, and then whether it has met: it leaves a boundary that it meets only after it has said so.
+            past = boundary.position.passed(proposed)
+            if armed.met:
+                return None
+            return _PASSED if past else _SHADOWS if self._ranks > 1 and in_shadow(self._training) else None
+
+        why = watch(event, gone, _SHADOW_S)
+        if why is not None:
+            boundary.disarm(armed)
+            boundary.miss(armed, why)
             event.wait()
 
     # What the training thread calls, at its boundary only

@@ -223,17 +223,20 @@ def put_back(models: Iterable[nn.Module]) -> Iterator[None]:
 def survives(core: Core, survey: Evaluated, error: Exception, meet: Callable[[], None]) -> bool:
     """Report that this rank's `on_eval` raised, and learn from what all report whether training can go on.
 
-    Others may evaluate for as long as they like; what is agreed on for their batches is met here meanwhile. False where
-    the store is silent: then nobody can know.
+    Others may evaluate for as long as they like; what was agreed on for their batches is met here. False where the
+    store is silent: then nobody can know.
     """
     log.warning("trainctl: the evaluation that was asked for failed on this rank", exc_info=error)
     survey.report(complete=False, reason=words_for(error), raised=True)
     core.doing = "evaluating"
     try:
-        while not survey.over.wait(_POLL_S[0]):
-            if core.boundary.armed is not None:
+        over = False
+        while not over:
+            if core.boundary.armed is not None:  # at least once: a proposal armed before this is met at this place
                 meet()
-            if survey.silent_s > DOUBT_S or not survey.is_alive():
+            over = survey.over.wait(_POLL_S[0])
+            # Asked in this order: its thread ends once it has set `over`.
+            if (survey.silent_s > DOUBT_S or not survey.is_alive()) and not survey.over.is_set():
                 return False
     finally:
         core.doing = None

@@ -16,8 +16,10 @@ from trainctl.trainer.core import Core
 log = logging.getLogger(__name__)
 
 
-def evaluate(core: Core) -> bool:
+def evaluate(core: Core, meet: Callable[[], None]) -> bool:
     """Run the script's evaluation and log what it returns under the step just completed.
+
+    Its end is a boundary too: of the evaluations that only other ranks have, as where rank 0 evaluates for all.
 
     False where an operator ended the run meanwhile: what a part of the batches gave is not logged then.
     """
@@ -25,6 +27,7 @@ def evaluate(core: Core) -> bool:
         return True
     core.doing = "evaluating"
     started = time.perf_counter()
+    returned = core.boundary.position.returns()
     core.held_s = 0.0
     # An evaluation may swap weights, as EMA does.
     writing = core.overrides.expected_writes() if core.overrides is not None else contextlib.nullcontext()
@@ -38,9 +41,12 @@ def evaluate(core: Core) -> bool:
         # Ours: it got fewer batches than it has ever got, perhaps none.
         log.info("trainctl: the evaluation was left before it was complete: %s: %s", type(error).__name__, error)
         return False
+    else:
+        core.boundary.position = returned
+        _meet(core, meet)
     finally:
         core.doing = None
-        core.boundary.end_evaluation()  # left by `break` in a place that is kept alive, or by an exception
+        core.boundary.position = returned  # where it raised
         core.phases.add("eval", time.perf_counter() - started - core.held_s)
     if core.ending is not None and not ended_before:
         return False

@@ -111,9 +111,9 @@ def in_shadow(thread: int) -> bool:
     return False
 
 
-def watch(event: "threading.Event", gone: Callable[[], bool], every_s: float) -> bool:
-    """Wait for an event; False where `gone` becomes true first."""
+def watch(event: "threading.Event", gone: Callable[[], str | None], every_s: float) -> str | None:
+    """Wait for an event; what `gone` says where it says something first."""
     while not event.wait(every_s):
-        if gone():
-            return False
-    return True
+        if (why := gone()) is not None:
+            return why
+    return None

@@ -390,6 +390,8 @@ class Leader(threading.Thread):
         forced = self._judge(proposal, cancelled=cancelled) if proposal.two_phase else False
         outcomes = self._outcomes("r", proposal) or []
         self._on(LeadEvent.REPORTED)
+        if proposal.mark and any(outcome.waited for outcome in outcomes):
+            self._left = proposal.position.ends()  # a rank without these batches waits elsewhere in its on_eval
         first = outcomes[0]
         if forced:
             reason = "rank 0 was not heard of while all were ready, so a rank called it off: nothing was changed"

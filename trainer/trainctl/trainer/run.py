@@ -416,7 +416,7 @@ class Run:
     def _intervals(self, step: int) -> None:
         every, saves = self._eval_every, self._checkpoint_every
         if every is not None and every.value and step % int(every.value) == 0:
-            evaluate(self._core)
+            evaluate(self._core, self._meet_inside)
             self._stop_behind_the_evaluation()
         if saves is not None and saves.value and step == self._core.first_step + 1:
             self._warm()
