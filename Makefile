@@ -14,11 +14,11 @@ demo: $(DEMO)
 test: $(STAMP)
 	@$(BIN)/python -m pytest
 
-# Two thousand simulated histories, from seeds of their own; part of make thorough.
+# Two thousand simulated histories, from seeds of their own; CI runs them after the tests.
 histories: $(STAMP)
 	@$(BIN)/python -m pytest -m thorough tests/histories/test_history_simulated.py
 
-# What takes minutes and finds what is rare: all histories, many ranks, every fault. CI runs it after the tests.
+# What takes minutes and finds what is rare: all histories, many ranks, every fault.
 thorough: $(STAMP)
 	@$(BIN)/python -m pytest -m thorough
 

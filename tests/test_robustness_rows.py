@@ -1,6 +1,7 @@
 """docs/robustness.md is what operators rely on: each command in it names tests that are there."""
 
 import ast
+import functools
 import re
 import shlex
 from pathlib import Path
@@ -11,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 COMMANDS = re.findall(r"`(pytest [^`]+)`", (ROOT / "docs" / "robustness.md").read_text())
 
 
+@functools.cache
 def names(file: Path) -> set[str]:
     """Of the tests in a file, and the names by which their parameters are told apart."""
     found = {file.stem}

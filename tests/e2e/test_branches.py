@@ -7,7 +7,7 @@ import pytest
 from jobs import Job, job, trainctl_json
 from waiting import until
 
-pytestmark = pytest.mark.ranks
+pytestmark = [pytest.mark.ranks, pytest.mark.thorough]
 
 SLOWLY = ["--steps", "100000", "--sleep", "0.03", "--checkpoint-every", "10"]
 

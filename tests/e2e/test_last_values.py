@@ -38,6 +38,7 @@ def test_all_that_was_logged_before_the_end_is_in_the_history(tmp_path: Path) ->
     assert steps(record, "test_accuracy") == [STEPS], "logged behind the last step"
 
 
+@pytest.mark.thorough
 def test_a_device_that_never_brings_the_last_values_holds_the_exit_up_for_seconds_and_it_is_told(
     tmp_path: Path,
 ) -> None:

@@ -209,7 +209,9 @@ def workers_of(running: Job, rank: int) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize(("method", "ranks"), [("fork", 2), ("forkserver", 2), ("spawn", 1)])
+@pytest.mark.parametrize(
+    ("method", "ranks"), [("fork", 2), ("forkserver", 2), pytest.param("spawn", 1, marks=pytest.mark.thorough)]
+)
 def test_a_killed_rank_is_noticed_although_its_workers_live_and_they_hold_nothing(
     tmp_path: Path, method: str, ranks: int
 ) -> None:

@@ -402,7 +402,8 @@ def test_nothing_is_accepted_on_the_strength_of_a_line_that_is_not_synced(tmp_pa
                 refused = await first_reply(peer, request(Pause(), "c1"))
                 assert refused.state == "rejected", "so it is answered after the sync, and on condition of it"
                 assert "the audit log cannot be written (the disk does not sync)" in str(refused.reason)
-        assert (run_dir / "audit.jsonl").read_text() == "", "and nothing of it is in the log"
+        # That it was rejected may be there, unsynced: the hub is killed at the end, whatever it is at.
+        assert '"state":"accepted"' not in (run_dir / "audit.jsonl").read_text(), "and nothing of it is in the log"
 
     asyncio.run(scenario())
 

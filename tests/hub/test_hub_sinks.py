@@ -103,7 +103,10 @@ def test_a_sink_that_is_switched_on_late_gets_the_whole_history_and_the_script_m
         rank.close()
 
 
-def test_wandb_offline_keeps_one_run_whose_step_may_go_back(tmp_path: Path, own_home: Path) -> None:
+def test_wandb_offline_keeps_one_run_whose_step_may_go_back(
+    tmp_path: Path, own_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/nowhere/of-the-script")  # a script that uses W&B itself
     configure(own_home, '[sinks.wandb]\nmode = "offline"\n')
     run_dir = tmp_path / "run"
     with hub_running(run_dir, linger_s=0.3) as hub:

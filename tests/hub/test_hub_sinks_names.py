@@ -206,12 +206,13 @@ def test_tensorboard_and_prometheus_show_odd_names_as_they_are(tmp_path: Path) -
     assert curves(tmp_path / "tensorboard").keys() == set(ODD)
 
 
+@pytest.mark.thorough
 def test_wandb_keeps_a_metric_whose_name_is_one_of_its_own(tmp_path: Path) -> None:
     sink = WandbSink(WandbSettings(mode="offline"))
     sink.open(start(tmp_path))
     sink.write(odd_rows(1))
     sink.close(progress(1, "finished"))
-    (row,) = wandb_rows(tmp_path)
+    (row,) = until(lambda: wandb_rows(tmp_path), 20, what="the row in W&B's file")
     own = {"_step", "_timestamp", "_wandb", "trainctl/incarnation"}
     assert {name: row[f"{name}_" if name in own else name] for name in ODD} == {
         name: at + 0.001 for at, name in enumerate(ODD)

@@ -98,7 +98,7 @@ def tensors(run_dir: Path, info: CheckpointInfo, scratch: Path) -> dict[str, tor
 @pytest.mark.parametrize(
     "how",
     [
-        [],
+        pytest.param([], marks=pytest.mark.thorough),
         pytest.param(["--sharding", "fsdp", "--amp", "bf16", "--accumulate", "2"], marks=pytest.mark.thorough),
         pytest.param(["--sharding", "fsdp", "--amp", "fp16", "--accumulate", "2"], marks=pytest.mark.thorough),
     ],

@@ -4,6 +4,7 @@ W&B's own step must not go back, and after a rollback ours does. So every value 
 of its own, and `trainctl/incarnation` tells branches apart: W&B cannot take back what was abandoned.
 """
 
+import os
 import re
 from typing import Any, ClassVar, Literal
 
@@ -40,6 +41,9 @@ class WandbSink:
         self._run: Any = None
 
     def open(self, start: Start) -> dict[str, str]:
+        # A training script that uses W&B itself leaves its service's address to the hub that it starts: what the hub
+        # sent there would mix with the script's own run, and end with the script.
+        os.environ.pop("WANDB_SERVICE", None)
         import wandb
 
         info = start.picture.info
