@@ -64,6 +64,7 @@ def test_a_run_is_paused_steered_and_stopped_between_two_batches_of_an_evaluatio
         assert saved["step"] == stopped["step"], "saved when the evaluation was over"
 
 
+@pytest.mark.thorough
 def test_an_evaluation_that_was_asked_for_lets_others_act_meanwhile(tmp_path: Path) -> None:
     with job("steered.py", 2, tmp_path, ["--long-evaluation", "--sleep", "0.02"]) as running:
         running.until_step(5)
@@ -83,6 +84,7 @@ def test_an_evaluation_that_was_asked_for_lets_others_act_meanwhile(tmp_path: Pa
         running.until_step(held + 3)
 
 
+@pytest.mark.thorough
 def test_where_rank_0_evaluates_for_all_a_command_is_for_the_next_step_and_so_is_what_comes_behind_it(
     tmp_path: Path,
 ) -> None:

@@ -162,6 +162,7 @@ def test_a_hub_that_is_frozen_and_one_whose_disk_is_full_cost_training_and_histo
         assert loss_steps([*run]) == list(range(1, stopped["step"] + 1)), "and so says the journal"
 
 
+@pytest.mark.thorough
 def test_a_hub_that_is_frozen_when_training_ends_holds_the_exit_up_for_seconds_and_it_is_said(tmp_path: Path) -> None:
     with job("telemetry.py", 1, tmp_path, ["--steps", "150", "--sleep", "0.02"]) as running:
         running.until_step(10)

@@ -89,6 +89,7 @@ def assert_same(
         assert firsts == begins
 
 
+@pytest.mark.thorough
 def test_on_two_ranks_rollbacks_are_exact_and_leave_out_exactly_the_micro_batches_that_were_asked_for(
     tmp_path: Path,
 ) -> None:
