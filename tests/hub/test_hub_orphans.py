@@ -64,4 +64,13 @@ def test_a_line_that_is_none_costs_nothing(junk: str, tmp_path: Path) -> None:
     accepted(audit, "orphan")
     with audit.path.open("a") as file:
         file.write(junk + "\n")
-    desk_over(audit, tmp_path, []).restore()
+    said: list[CommandUpdate] = []
+
+    async def scenario() -> None:
+        desk = desk_over(audit, tmp_path, said)
+        desk.restore()
+        desk.tick(time.time() + desk_module._ASKED_AGAIN_S + 1)
+        await desk.close()
+
+    asyncio.run(scenario())
+    assert [(update.id, update.state) for update in said] == [("orphan", "unknown")], "what is before it counts"

@@ -330,7 +330,9 @@ def test_stop_asks_and_enter_is_not_the_answer() -> None:
 
 def test_a_checkpoint_does_no_harm_so_enter_saves_it() -> None:
     async def scenario(cockpit: Cockpit) -> None:
-        await cockpit.press("C", *"before y", "enter")
+        await cockpit.press("C")
+        assert "Esc cancel    Enter save" in await cockpit.until("Esc c"), "and y is a letter of the note"
+        await cockpit.press(*"before y", "enter")
         assert cockpit.sent == [CheckpointSave(note="before y")]
 
     drive(scenario)

@@ -167,7 +167,7 @@ class Dialog(ModalScreen[Wish | None]):
 
     def _keys_text(self, *, narrow: bool) -> str:
         typed = self.types_words and not self.enter_applies
-        apply = "Enter or y" if self.enter_applies else "y"
+        apply = ("Enter" if self.types_words else "Enter or y") if self.enter_applies else "y"
         if narrow:
             return f"Esc cancel  {'Enter' if self.enter_applies else 'Ctrl+Y' if typed else apply} {self.verb}"
         return f"Esc cancel    {apply} {self.verb}{' (Ctrl+Y while typing)' if typed else ''}"

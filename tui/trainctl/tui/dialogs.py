@@ -122,6 +122,7 @@ class CheckpointDialog(Dialog):
     title_text = "Save a checkpoint"
     verb = "save"
     enter_applies = True
+    types_words = True
 
     def body(self) -> Iterable[Widget]:
         yield field_row("note", TextField(id="note", placeholder="optional"))
@@ -136,6 +137,7 @@ class NoteDialog(Dialog):
     title_text = "Write a note into the log"
     verb = "write"
     enter_applies = True
+    types_words = True
 
     def body(self) -> Iterable[Widget]:
         yield field_row("note", TextField(id="note"))
