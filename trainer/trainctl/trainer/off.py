@@ -66,7 +66,7 @@ class OffRun(Run):
     def data_range(self, step: int) -> None:
         pass
 
-    def log(self, **values: Any) -> None:
+    def log(self, /, **values: Any) -> None:
         pass
 
     def step_done(self, *, tokens: int = 0, samples: int = 0) -> None:  # noqa: ARG002 - the signature is Run's

@@ -230,7 +230,7 @@ class Run:
         """`with run.phase("forward"): …` times data, forward, backward, optimizer, communication or what you name."""
         return self._core.phases.get(name)
 
-    def log(self, **values: Any) -> None:
+    def log(self, /, **values: Any) -> None:
         """Log numbers of the step in progress: floats, ints, or tensors with one element, which cause no sync.
 
         What is logged after the last `step_done()`, such as a test's result, belongs to the last completed step; where
