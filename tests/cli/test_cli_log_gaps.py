@@ -8,8 +8,9 @@ import pytest
 from client.lossy_hub import LossyHub
 from client.scripted_hub import make_info, rows
 from trainctl.cli.log import LogPrinter, Wanted, follow_log
+from trainctl.client.model import RunModel
 from trainctl.client.session import open_session
-from trainctl.wire.messages import Note, StateChanged
+from trainctl.wire.messages import Envelope, Note, StateChanged
 
 
 def note(number: int) -> Note:
@@ -58,3 +59,16 @@ def test_lines_that_the_hub_has_packed_before_they_were_heard_are_printed_once(
     steps = [line["step"] for line in lines if line["kind"] == "metrics"]
     assert steps == list(range(1, 43))
     assert [line["text"] for line in lines if line["kind"] == "note"] == ["1", "2", "3"]
+
+
+def test_a_log_of_every_twentieth_step_has_no_line_for_each_rank_that_read_late(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    wanted = Wanted(every=20)
+    assert not wanted.metrics(29, {"data_first.1": 84.0}, 200)
+    assert wanted.metrics(29, {"val_loss": 1.0, "data_first.1": 84.0}, 200), "what was logged between steps is shown"
+    printer = LogPrinter(RunModel(), wanted, as_json=False)
+    late = rows(40, 40, **{"data_first.1": 84.0})
+    printer.take(Envelope(source="s", epoch=1, stream="metrics", seq=1, time=1.0, body=late))
+    assert not capsys.readouterr().out
+    assert not printer.printed

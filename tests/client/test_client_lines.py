@@ -11,6 +11,7 @@ from trainctl.client.figures import duration, file_size, memory, number, plain, 
 from trainctl.client.jsonable import dumps
 from trainctl.client.lines import (
     KINDS,
+    data_of_a_rank,
     event_json,
     event_text,
     kind_of,
@@ -181,3 +182,11 @@ def test_a_beat_after_envelopes_does_not_make_ages_jump() -> None:
     old = Envelope(source="r", epoch=1, stream="events", seq=1, time=500.0, body=Note(**AT, actor="a", text="b"))
     model.apply(old)  # backfilled
     assert model.age_of(1000.0) == 0.0
+
+
+def test_what_other_ranks_read_is_for_files_and_not_for_lines() -> None:
+    assert metrics_line(8, {"loss": 1.5, "data_first": 14, "data_first.3": 14}) == "step 8 | loss 1.500"
+    assert metrics_line(8, {"acc": 0.5, "data_last.63": 15}) == "step 8 | acc 0.5000"
+    assert not data_of_a_rank("data_first")
+    assert not data_of_a_rank("mydata_first.1")
+    assert not data_of_a_rank("data_first.loss")

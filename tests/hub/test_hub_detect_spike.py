@@ -133,12 +133,14 @@ def test_normal_noise_alone_never_alarms(seed: int, level: float, spread: float)
 # --- which curves
 
 
-@pytest.mark.parametrize("name", ["loss", "val_loss", "train/loss", "train.loss", "aux_loss"])
+@pytest.mark.parametrize(
+    "name", ["loss", "val_loss", "train/loss", "train.loss", "aux_loss", "loss/train", "Loss/val", "LOSS"]
+)
 def test_losses_are_watched(name: str) -> None:
     assert is_loss(name)
 
 
-@pytest.mark.parametrize("name", ["grad_norm", "loss_scale", "gloss", "losses", "lr", "floss", "oss", ""])
+@pytest.mark.parametrize("name", ["grad_norm", "loss_scale", "gloss", "losses", "losses/n", "lr", "floss", "oss", ""])
 def test_other_metrics_are_not(name: str) -> None:
     assert not is_loss(name)
 

@@ -14,7 +14,7 @@ import pytest
 from hub_double import Rank, hub_running, info, progress, rank_linked, rows
 from sink_reading import curves, wandb_rows
 
-from trainctl.hub.sinks.prometheus import PrometheusSettings, PrometheusSink
+from trainctl.hub.sinks.prometheus import Newest, PrometheusSettings, PrometheusSink
 from trainctl.hub.sinks.sink import Start
 from trainctl.store.record import RunRecord
 from trainctl.store.replay import load_record
@@ -168,6 +168,13 @@ def test_prometheus_is_told_the_newest_of_everything_with_its_age(tmp_path: Path
     assert samples['trainctl_step{id="demo-1",run="demo"}'] == "2.0"
     assert samples['trainctl_run_state{id="demo-1",run="demo",state="starting"}'] == "1.0"
     assert samples['trainctl_rank_step_time_seconds{id="demo-1",node="node-a",rank="3",run="demo"}'] == "0.25"
+
+
+def test_prometheus_keeps_the_newest_step_when_another_rank_tells_late_what_it_read(tmp_path: Path) -> None:
+    newest = Newest(Start(picture=RunRecord(info(tmp_path)).snapshot(SnapshotRequest(req=0), []), directory=tmp_path))
+    newest.take(rows(100, 101, loss=[1.0, 2.0]))
+    newest.take(rows(88, 89, 90, **{"data_first.1": [1.0, 2.0, 3.0]}))
+    assert [value for name, _, _, value in newest.samples(0.0) if name == "trainctl_step"] == [101]
 
 
 def test_prometheus_has_no_sample_for_what_was_not_measured(tmp_path: Path) -> None:

@@ -269,6 +269,7 @@ class TestFlops:
             ("NVIDIA A10G", "bf16", None),
             ("NVIDIA GeForce RTX 3090 Ti", "bf16", None),
             ("NVIDIA L40", "bf16", None),
+            ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
         ],
     )
     def test_peaks_are_those_of_the_very_device(self, name: str, known_as: str, peak: float | None) -> None:

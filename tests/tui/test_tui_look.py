@@ -50,6 +50,11 @@ def test_states_differ_by_word_and_glyph_and_not_only_by_colour() -> None:
     assert len({head.word for head in heads}) == len({head.glyph for head in heads}) == 5
 
 
+def test_what_other_ranks_read_of_the_data_has_no_chart() -> None:
+    late = [f"data_{end}.{rank}" for end in ("first", "last") for rank in range(1, 64)]
+    assert plots_for(["loss", *late]) == plots_for(["loss"])
+
+
 def test_a_terminal_without_utf8_gets_ascii_alone() -> None:
     look = look_for(color_system="standard", no_color=False, glyphs="ascii")
     assert look.symbols == ASCII_SYMBOLS

@@ -14,6 +14,7 @@ from trainctl.client.jsonable import dumps
 from trainctl.client.lines import (
     GLYPHS,
     KINDS,
+    data_of_a_rank,
     event_json,
     event_text,
     kind_of,
@@ -55,7 +56,9 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
             return False
         if self.from_step is not None and step < self.from_step:
             return False
-        return step % self.every == 0 or step == total_steps or "step_time_s" not in values
+        if step % self.every == 0 or step == total_steps:
+            return True
+        return "step_time_s" not in values and not all(map(data_of_a_rank, values))
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -228,6 +231,9 @@ class LogPrinter:
         if isinstance(line, Row):
             if self._as_json:
                 click.echo(dumps(metrics_json(line.step, line.time, line.incarnation, line.values)))
+                return
+            if all(map(data_of_a_rank, line.values)):
+                self.printed -= 1
                 return
             model = self._model if newest else None  # GPUs and ETA are of now, so older lines go without
             click.echo(metrics_line(line.step, line.values, total_steps=self._model.total_steps, model=model))

@@ -1,5 +1,6 @@
 """The log: every event as one line of text and as one JSON object, and metrics as the line that people know."""
 
+import re
 import struct
 from collections.abc import Iterator, Mapping
 
@@ -13,6 +14,7 @@ __all__ = [
     "KINDS",
     "arguments",
     "command_text",
+    "data_of_a_rank",
     "event_json",
     "event_text",
     "gpu_part",
@@ -33,6 +35,13 @@ _PLACED = frozenset({"loss", "lr", "lr_scheduled", "grad_norm", "tokens_per_s", 
     "data_last",
 }
 _FREE_NAMES = 8
+# What other ranks than 0 read for a step: it comes seconds after the step's own row, and up to 64 ranks have some.
+_DATA_OF_A_RANK = re.compile(r"data_(?:first|last)\.[0-9]+")
+
+
+def data_of_a_rank(metric: str) -> bool:
+    """Whether a metric is the absolute index of what one rank read (`data_first.3`): for a file, not for an eye."""
+    return _DATA_OF_A_RANK.fullmatch(metric) is not None
 
 
 def row_values(rows: Rows) -> Iterator[tuple[int, float, dict[str, float]]]:
@@ -59,7 +68,7 @@ def metrics_line(
     parts = [f"step {step}/{total_steps}" if total_steps else f"step {step}"]
     if "loss" in values:
         parts.append(f"loss {number(values['loss'])}")
-    others = [name for name in values if name not in _PLACED]
+    others = [name for name in values if name not in _PLACED and not data_of_a_rank(name)]
     shown = [name for name in others if "loss" in name] if "loss" in values else others[:_FREE_NAMES]
     parts += [f"{plain(name)} {number(values[name])}" for name in shown]
     if "lr" in values:

@@ -1,7 +1,7 @@
 """`trainctl status` as words: what an operator asks first comes first."""
 
 from trainctl.client.figures import duration, file_size, memory, number, plain, quantity, scientific
-from trainctl.client.lines import GLYPHS, event_text, severity_of
+from trainctl.client.lines import GLYPHS, data_of_a_rank, event_text, severity_of
 from trainctl.client.model import RunModel
 from trainctl.wire import manifest
 from trainctl.wire.messages import RunState
@@ -79,7 +79,7 @@ def _vitals(model: RunModel) -> str:
     parts = [
         f"{plain(name)} {number(last.value)}"
         for name, last in sorted(model.metrics.items(), key=lambda pair: ("loss" not in pair[0], pair[0]))
-        if name not in skipped
+        if name not in skipped and not data_of_a_rank(name)
     ][:_METRICS_SHOWN]
     if state.lr.effective is not None:
         words = f"lr {scientific(state.lr.effective)}"

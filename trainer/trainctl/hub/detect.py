@@ -23,8 +23,12 @@ _LOOK_BACK = 8 * WINDOW
 
 
 def is_loss(metric: str) -> bool:
-    """Whether a metric is a loss by its name: `loss`, or ending in `_loss`, `/loss` or `.loss`."""
-    return metric == "loss" or (metric.endswith("loss") and metric[-5] in _SEPARATORS)
+    """Whether a metric is a loss by its name: `loss`, ending in `_loss`, `/loss` or `.loss`, or in a folder `loss/`.
+
+    Capitals are as good as small letters: `Loss/train` is what TensorBoard's own examples log.
+    """
+    name = metric.lower()
+    return name == "loss" or name.startswith("loss/") or (name.endswith("loss") and name[-5] in _SEPARATORS)
 
 
 Past: TypeAlias = Callable[[str, int], NDArray[np.floating]]

@@ -50,8 +50,12 @@ _TABLE: tuple[tuple[str, Peaks], ...] = (
 def peak_flops(device_name: str, number_format: str) -> float | None:
     """FLOP/s of a device by torch's name of it, such as `NVIDIA H100 80GB HBM3`; None where no sheet says.
 
+    Nor does one for a slice of a device (`… MIG 1g.10gb`), which can do a share only.
+
     `number_format`: bf16, fp16, tf32, fp32 or fp8.
     """
+    if re.search(r"\bMIG\b", device_name):
+        return None
     for pattern, peaks in _TABLE:
         if re.search(pattern, device_name):
             return peaks.get(number_format)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from trainctl.client.lines import data_of_a_rank
 from trainctl.tui.tones import Tone
 
 Kind: TypeAlias = Literal["value", "lr", "rate"]
@@ -104,7 +105,7 @@ def _rate_plot(known: frozenset[str]) -> Plot:
 
 def plots_for(metrics: Iterable[str]) -> tuple[Plot, ...]:
     """The plots of a run that logs these metrics; the first four are always the same."""
-    known = frozenset(metrics)
+    known = frozenset(metric for metric in metrics if not data_of_a_rank(metric))
     gradient = _line(gradient_metric(known) or "grad_norm", "", _AMBER, smooth=True)
     core = (_loss_plot(known), _lr_plot(known), Plot(title="gradient norm", lines=(gradient,)), _rate_plot(known))
     used = {name for plot in core for name in plot.metrics} | _NOT_ALONE

@@ -96,8 +96,10 @@ class Newest:
     def take(self, body: Body) -> None:
         with self._lock:
             match body:
-                case Rows() if body.steps:
-                    self._step, self._incarnation = body.steps[-1], body.incarnation
+                case Rows() if body.steps and body.incarnation >= self._incarnation:
+                    # What other ranks read of a step comes seconds after it, and says nothing of where the run is.
+                    place = (body.incarnation, body.steps[-1])
+                    self._incarnation, self._step = max(place, (self._incarnation, self._step))
                     self._metrics |= {name: (values[-1], body.times[-1]) for name, values in values_of(body).items()}
                 case Ranks(ranks=ranks):
                     self._ranks.update({figures.rank: figures for figures in ranks})
