@@ -155,8 +155,8 @@ class MetricStore:
         self.unsealed.drop(len(keys))
         for name, count in sealed.counts.items():
             track = self._metrics[name].tracks[sealed.incarnation]
-            track.refine(base_of(count, sealed.counts))
-            if stays(count, sealed.counts):
+            track.refine(base_of(count, sealed.rows, len(sealed.counts)))
+            if stays(count, sealed.rows):
                 track.keep(count)
             else:
                 track.seal(count, sealed.segment, sealed.offset)

@@ -94,13 +94,15 @@ def well_formed(rows: Rows) -> list[Column]:
 
 @dataclass(frozen=True, kw_only=True)
 class Sealed:
-    """A block that is on disk: where, and what of the history it holds. `counts` is the values of each metric."""
+    """A block that is on disk: where, and what of the history it holds: `rows` of them, and `counts` values of each
+    metric, which are fewer where it does not come with every row."""
 
     segment: int
     offset: int
     epoch: int
     seqs: tuple[int, ...]
     incarnation: int
+    rows: int
     counts: dict[str, int]
 
     @property
@@ -119,6 +121,7 @@ def sealed_of(packed: PackedRows, segment: int, offset: int) -> Sealed:
         epoch=packed.epoch,
         seqs=tuple(unpack_integers(packed.seqs, packed.count).tolist()),
         incarnation=packed.incarnation,
+        rows=packed.count,
         counts=counts,
     )
 
