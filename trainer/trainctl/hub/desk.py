@@ -212,7 +212,7 @@ class CommandDesk:
             if allowed_without_audit(command):
                 return None
             return (
-                f"the audit log cannot be written ({why}), so only stop and checkpoint save are carried out: "
+                f"the audit log cannot be written ({why}), so only stop, abort and checkpoint save are carried out: "
                 f"make {self._run_dir.path} writable and leave room there"
             )
         self._audit_failed = False
@@ -479,7 +479,7 @@ class CommandDesk:
                 incarnation=state.incarnation,
                 what="audit",
                 text=f"the audit log cannot be written ({why}): commands that change training are refused, "
-                f"stop and checkpoint save are not; make {self._run_dir.path} writable and leave room there",
+                f"stop, abort and checkpoint save are not; make {self._run_dir.path} writable and leave room there",
                 severity="error",
             )
         )
