@@ -13,6 +13,7 @@ from simulated_hub import Disk, Operator, RankLink, SimulatedHub
 from simulated_job import SimulatedJob
 from simulated_time import World, simulated
 
+from trainctl.hub import audit_trail, audit_writer
 from trainctl.hub import desk as desk_module
 from trainctl.store import audit as audit_module
 from trainctl.trainer import (
@@ -49,7 +50,21 @@ from trainctl.wire.messages import CheckpointInfo
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_SIMULATED = (actions, boundary, control, core, evaluated, evaluation, gathering, leader, outcomes, sender, desk_module)
+_SIMULATED = (
+    actions,
+    boundary,
+    control,
+    core,
+    evaluated,
+    evaluation,
+    gathering,
+    leader,
+    outcomes,
+    sender,
+    desk_module,
+    audit_trail,
+    audit_writer,
+)
 _CHECKPOINT = CheckpointInfo(id="step-1", step=1, incarnation=1, time=0.0, bytes=1)
 ACTS_STEPS = 60  # in which commands and faults fall
 CALM_S = 5.0  # after the last fault, before whatever still trains is ended

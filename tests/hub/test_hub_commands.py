@@ -14,6 +14,7 @@ from hub_double import Rank, first_reply, following, hub_running, peer_of, rank_
 from trainctl.store.audit import AuditLog, verify_audit
 from trainctl.store.replay import load_record
 from trainctl.wire.commands import (
+    Abort,
     AddNote,
     Cancel,
     CheckpointPin,
@@ -361,7 +362,7 @@ def test_notes_pins_and_verification_need_no_rank(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
-def test_a_log_that_cannot_be_written_leaves_only_stop_and_save(tmp_path: Path) -> None:
+def test_a_log_that_cannot_be_written_leaves_only_saving_and_ending(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
 
     async def scenario() -> None:
@@ -371,8 +372,11 @@ def test_a_log_that_cannot_be_written_leaves_only_stop_and_save(tmp_path: Path) 
             async with peer_of(hub.card()) as peer:
                 refused = await first_reply(peer, request(Pause(), "c1"))
                 assert (refused.state, "audit log cannot be written" in str(refused.reason)) == ("rejected", True)
-                assert (await first_reply(peer, request(CheckpointSave(), "c2"))).state == "accepted"
-                assert isinstance(await heard_by(rank, LinkCommand), LinkCommand)
+                for name, action in (("c2", CheckpointSave()), ("c3", Abort())):
+                    assert (await first_reply(peer, request(action, name))).state == "accepted"
+                    heard = await heard_by(rank, LinkCommand)
+                    assert isinstance(heard, LinkCommand)
+                    assert heard.command.id == name
                 told = [event for event in (await snapshot(peer)).events if isinstance(event, Anomaly)]
                 assert [event.what for event in told] == ["audit"]
 

@@ -1,6 +1,7 @@
 """`abort --now` and `restart` at a real hub, with a real agent and real processes that pose as ranks."""
 
 import asyncio
+import errno
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -12,9 +13,10 @@ import msgspec
 import pytest
 from hub_double import RUN, hub_running, peer_of, rank_linked, request, snapshot, snapshot_when
 
+from trainctl.wire import launcher as launcher_module
 from trainctl.wire.cards import read_cards
 from trainctl.wire.commands import FINAL_COMMAND_STATES, Abort, Action, EndRanks, Restart
-from trainctl.wire.launcher import announce, find_launcher, take_request, withdraw
+from trainctl.wire.launcher import EndRequest, announce, find_launcher, request_ending, take_request, withdraw
 from trainctl.wire.messages import CommandReply, CommandUpdate, LinkAgents, RankPlace, SourceAddress
 from trainctl.wire.peer import Peer
 from trainctl.wire.places import Place, process_started, write_place
@@ -178,6 +180,46 @@ def test_a_launcher_that_does_not_take_the_request_leaves_everything_as_it_was(
 
     with two_ranks(monkeypatch) as ranks, node_agent() as agent:
         asyncio.run(scenario(agent, ranks))
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told", "not told"])
+def test_abort_now_ends_the_ranks_where_the_runs_directory_takes_no_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: bool
+) -> None:
+    run_dir = tmp_path / "run"
+    (run_dir / "audit.jsonl").mkdir(parents=True)  # these refuse writing to root too, as no mode does
+    announce(run_dir)
+    if not told:
+        (run_dir / "ending.json").mkdir()
+
+    async def scenario(agent: SourceAddress, ranks: list[subprocess.Popen[bytes]]) -> None:
+        async with hub_with(tmp_path, agent) as peer:
+            update = await outcome(peer, Abort(now=True))
+            assert (update.state, update.ranks) == ("applied", 2)
+            assert ("trainctl run cannot be told" in str(update.after)) is not told, "then it may start them again"
+            assert [rank.wait(5) for rank in ranks] == [-15, -15]
+            assert (await snapshot(peer)).state.state == "stopped"
+            assert (take_request(run_dir) is not None) is told
+
+    with two_ranks(monkeypatch) as ranks, node_agent() as agent:
+        asyncio.run(scenario(agent, ranks))
+
+
+def test_a_disk_that_has_filled_up_still_takes_a_wish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wish = EndRequest(what="abort", command="c1", actor="mk", attempt=2)
+    alone = announce(tmp_path)
+    monkeypatch.setattr(launcher_module, "write_atomic", full)
+    request_ending(tmp_path, wish)
+    assert take_request(tmp_path) == wish
+    with pytest.raises(OSError, match="No space left"):
+        request_ending(tmp_path, wish)
+    assert take_request(tmp_path) is None
+    withdraw(tmp_path, alone)
+    assert list(tmp_path.iterdir()) == []
+
+
+def full(_path: Path, _data: bytes) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import msgspec
 import pytest
 
 from trainctl.cli.main import cli
-from trainctl.hub.rules import Situation, rejection
+from trainctl.hub.rules import Situation, allowed_without_audit, rejection
 from trainctl.wire.commands import REGISTRY, Abort, Act, Command, carrier_of
 from trainctl.wire.messages import CheckpointInfo, CommandUpdate, RunInfo, Tunable
 
@@ -84,3 +84,10 @@ def subcommand(name: str) -> click.Command:
         found = found.get_command(click.Context(found), word)
     assert found is not None
     return found
+
+
+@pytest.mark.parametrize("name", REGISTRY)
+def test_without_an_audit_log_a_run_can_be_saved_and_ended_and_nothing_else(name: str) -> None:
+    actions = [action_of(name), *([Abort(now=True)] if name == "abort" else [])]
+    for action in actions:
+        assert allowed_without_audit(Command(id="c", action=action)) is (name in {"checkpoint save", "stop", "abort"})

@@ -50,14 +50,20 @@ def _entry(line: str) -> dict[str, object]:
 
 
 def _text(entry: dict[str, object]) -> str:
-    when = entry.get("time")
-    clock = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) if isinstance(when, int | float) else "?"
     rest = " ".join(
-        f"{key}={scalar(value) if isinstance(value, bool | int | float | str) else plain(json.dumps(value))}"
+        f"{key}={_clock(value) if key == 'since' else _value(value)}"
         for key, value in entry.items()
-        if key not in {"time", "prev", "hash"} and value is not None
+        if key not in {"time", "prev", "hash"} and value not in (None, "")
     )
-    return f"{clock}  {rest}"
+    return f"{_clock(entry.get('time'))}  {rest}"
+
+
+def _value(value: object) -> str:
+    return scalar(value) if isinstance(value, bool | int | float | str) else plain(json.dumps(value))
+
+
+def _clock(when: object) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(when)) if isinstance(when, int | float) else "?"
 
 
 async def _audit(run: str | None, server_key: str | None) -> tuple[str, list[str]]:

@@ -36,7 +36,7 @@ class NotTheWriter(Exception):
 
 
 class AuditLog:
-    """Appends entries; each is on disk before `append` returns. One writer at a time.
+    """Appends entries; they are on disk before `append` returns. One writer at a time.
 
     `may_write` is asked before each, in the thread that appends; it may raise OSError.
     """
@@ -47,18 +47,22 @@ class AuditLog:
         self._may_write = may_write
         self._left: int | None = None  # the size at which we left it
 
-    def append(self, entry: Mapping[str, Json]) -> None:
-        """Write one entry and fsync it. Raises OSError or `NotTheWriter`, and then nothing of it is in the log."""
+    def append(self, *entries: Mapping[str, Json]) -> None:
+        """Write entries and fsync them. Raises OSError or `NotTheWriter`, and then nothing of them is in the log."""
         self._ask()
         if self._learn_head():
             self._ask()  # reading may have taken long
-        line = _chained(self.head, entry)
+        head, lines = self.head, b""
+        for entry in entries:
+            line = _chained(head, entry)
+            head = str(json.loads(line)["hash"])
+            lines += line.encode() + b"\n"
         existed = self.path.exists()
         handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         try:
             size = os.fstat(handle).st_size
             try:
-                _write_all(handle, line.encode() + b"\n")
+                _write_all(handle, lines)
                 os.fsync(handle)
             except OSError:
                 os.ftruncate(handle, size)
@@ -67,8 +71,8 @@ class AuditLog:
             os.close(handle)
         if not existed:
             fsync_dir(self.path.parent)
-        self.head = str(json.loads(line)["hash"])
-        self._left = size + len(line.encode()) + 1
+        self.head = head
+        self._left = size + len(lines)
 
     def lines(self, limit: int) -> list[str]:
         """The newest `limit` lines, oldest first. Raises OSError."""

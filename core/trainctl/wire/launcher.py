@@ -1,7 +1,8 @@
-"""How a run's hub reaches the `trainctl run` that started it: two small files in the run's directory.
+"""How a run's hub reaches the `trainctl run` that started it: small files in the run's directory.
 
     launcher.json   who would start the next attempt; there while `trainctl run` lives
     ending.json     an operator's wish, written by the hub before the ranks are ended, taken away by the launcher
+    ending.reserve  room for that wish, so that a disk that has filled up meanwhile still takes it
 
 `trainctl run` opens no socket, and a run's directory is what both see.
 """
@@ -11,12 +12,14 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Literal
+from typing import Final, Literal
 
 import msgspec
 
 from trainctl.wire.places import own_started, process_started
 from trainctl.wire.rundir import fsync_dir, write_atomic
+
+_RESERVED_BYTES: Final = 4096  # a command's id and an actor's name are far shorter
 
 
 class Launcher(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,11 +48,17 @@ def _request_file(directory: Path) -> Path:
     return directory / "ending.json"
 
 
+def _reserve(directory: Path) -> Path:
+    return directory / "ending.reserve"
+
+
 def announce(directory: Path) -> Launcher:
     """This process starts the attempts of the run in `directory`; an old wish is forgotten. Raises OSError."""
     launcher = Launcher(host=socket.gethostname(), pid=os.getpid(), started=own_started())
     _request_file(directory).unlink(missing_ok=True)
     write_atomic(_launcher_file(directory), msgspec.json.encode(launcher))
+    with contextlib.suppress(OSError):  # a wish may still find room, when there is one
+        write_atomic(_reserve(directory), b" " * _RESERVED_BYTES)
     return launcher
 
 
@@ -58,6 +67,7 @@ def withdraw(directory: Path, launcher: Launcher) -> None:
     if _read_launcher(directory) == launcher:
         with contextlib.suppress(OSError):  # whoever reads it sees that the process is gone
             _launcher_file(directory).unlink()
+            _reserve(directory).unlink(missing_ok=True)
 
 
 def find_launcher(directory: Path) -> Launcher | None:
@@ -79,7 +89,23 @@ def _read_launcher(directory: Path) -> Launcher | None:
 
 def request_ending(directory: Path, request: EndRequest) -> None:
     """Tell the launcher, as a whole or not at all. Raises OSError."""
-    write_atomic(_request_file(directory), msgspec.json.encode(request))
+    told = msgspec.json.encode(request)
+    try:
+        write_atomic(_request_file(directory), told)
+    except OSError:
+        if len(told) > _RESERVED_BYTES or not _reserve(directory).exists():
+            raise
+        _write_into_reserve(directory, told)
+
+
+def _write_into_reserve(directory: Path, told: bytes) -> None:
+    """Blocks that are there already are written to, and a rename takes none. Raises OSError."""
+    with _reserve(directory).open("r+b") as file:
+        file.write(told.ljust(_RESERVED_BYTES))
+        file.flush()
+        os.fsync(file.fileno())
+    _reserve(directory).replace(_request_file(directory))
+    fsync_dir(directory)
 
 
 def take_request(directory: Path) -> EndRequest | None:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import msgspec
 
+from trainctl.hub.audit_writer import AuditWriter
 from trainctl.hub.endings import Endings, Outcome
 from trainctl.hub.link import RankLine
 from trainctl.hub.recorder import Recorder
 from trainctl.hub.removing import Removed, remove, targets_of
-from trainctl.hub.rules import Situation, allowed_without_audit, rejection
+from trainctl.hub.rules import Situation, rejection
 from trainctl.hub.standing import FINAL, Do, Event, StandingError, Stands, step
-from trainctl.store.audit import AuditLog, NotTheWriter
+from trainctl.store.audit import AuditLog
 from trainctl.wire.commands import (
     AddNote,
     Cancel,
@@ -29,7 +30,6 @@ from trainctl.wire.held_states import list_with_memory
 from trainctl.wire.manifest import list_checkpoints, pick, pin
 from trainctl.wire.messages import (
     FINAL_STATES,
-    Anomaly,
     CheckpointInfo,
     CommandReply,
     CommandUpdate,
@@ -46,6 +46,7 @@ from trainctl.wire.server import Caller, Refusal, Server
 log = logging.getLogger(__name__)
 
 _ASKED_AGAIN_S = 90.0  # longer than a client keeps asking
+_LINES_READ = 20_000  # more than the commands that a record keeps have
 
 
 @dataclass(kw_only=True)
@@ -87,8 +88,7 @@ class CommandDesk:
         self._orphans_until = 0.0
         self._watchers: dict[str, list[Caller]] = {}
         self._cancels: dict[str, list[_Open]] = {}
-        self._audit_failed = False
-        self._writing: set[asyncio.Task[None]] = set()
+        self._writer = AuditWriter(audit=audit, recorder=recorder, run_dir=run_dir, turn=self._one_at_a_time)
 
     # --- asked
 
@@ -145,7 +145,7 @@ class CommandDesk:
             self._say(opened, Event.CLASH, reason=conflict_reason(command.action, conflict))
             return
         if reason is None:
-            reason = await self._write_down(opened)
+            reason = await self._writer.accept(command, actor, opened.accepted)
         if reason is not None:
             self._say(opened, Event.REFUSE, reason=reason)
             return
@@ -191,32 +191,6 @@ class CommandDesk:
         found = targets_of(actions, checkpoints, self._record.info.best_by)
         ending = self._endings.of(self._record.state.attempt)
         return found | {ending.target} if ending is not None else found
-
-    async def _write_down(self, opened: _Open) -> str | None:
-        command = opened.command
-        entry: dict[str, Scalar] = {
-            "time": opened.accepted,
-            "id": command.id,
-            "command": spec_of(command.action).name,
-            "actor": opened.actor,
-            "state": "accepted",
-            "request": msgspec.json.encode(command).decode(),
-        }
-        try:
-            await asyncio.to_thread(self._audit.append, entry)
-        except NotTheWriter:
-            return "a newer hub took over"  # nobody hears this: whoever asked asks that one
-        except OSError as error:
-            why = error.strerror or str(error)
-            self._audit_trouble(why)
-            if allowed_without_audit(command):
-                return None
-            return (
-                f"the audit log cannot be written ({why}), so only stop and checkpoint save are carried out: "
-                f"make {self._run_dir.path} writable and leave room there"
-            )
-        self._audit_failed = False
-        return None
 
     # --- carried out here
 
@@ -290,7 +264,9 @@ class CommandDesk:
             self._settle(update, do)
 
     def tick(self, now: float) -> None:
-        """Ask rank 0 to withdraw what expired before it was applied; `now` is wall clock."""
+        """Ask rank 0 to withdraw what expired before it was applied, and try again what the audit log did not take;
+        `now` is wall clock."""
+        self._writer.tick(now)
         if self._orphans and now > self._orphans_until:
             self._give_up_orphans()
         for opened in self._open.values():
@@ -336,10 +312,12 @@ class CommandDesk:
         """After a restart of the hub: take up the commands that the journal shows without an outcome."""
         pending = {update.id for update in self._record.pending}
         try:
-            lines = self._audit.lines(10_000)
+            lines = self._audit.lines(_LINES_READ)
         except OSError as error:
             log.warning("the audit log cannot be read: %s", error)
             return
+        if len(lines) < _LINES_READ:  # else what is not among them may be further back
+            self._writer.take_up(self._record.commands.values(), lines)
         for line in lines:
             opened = _from_audit(line)
             if opened is not None and opened.command.id in pending:
@@ -363,11 +341,11 @@ class CommandDesk:
         self._orphans = {}
 
     async def close(self) -> None:
-        """Wait until what was settled is in the audit log."""
+        """Wait until what was settled is in the audit log, or cannot be."""
         for task in (tasks := [*self._ending.values(), *self._removing.values()]):
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.gather(*self._writing)
+        await self._writer.close()
 
     # --- said
 
@@ -427,9 +405,7 @@ class CommandDesk:
             return
         self._open.pop(update.id, None)
         self._open_endings.pop(update.id, None)
-        task = asyncio.create_task(self._write_outcome(update))
-        self._writing.add(task)
-        task.add_done_callback(self._writing.discard)
+        self._writer.settle(update)
         for cancel in self._cancels.pop(update.id, []):
             self._say_cancelled(cancel, update)
 
@@ -444,45 +420,6 @@ class CommandDesk:
         callers = self._watchers.pop(update.id, []) if final else self._watchers.get(update.id, [])
         for caller in callers:
             self._server.reply(caller, CommandReply(req=caller.req, update=update))
-
-    async def _write_outcome(self, update: CommandUpdate) -> None:
-        entry: dict[str, Scalar] = {
-            "time": update.time,
-            "id": update.id,
-            "command": update.command,
-            "actor": update.actor,
-            "state": update.state,
-            "step": update.step,
-            "incarnation": update.incarnation,
-            "before": update.before,
-            "after": update.after,
-            "ranks": update.ranks,
-            "reason": update.reason,
-        }
-        async with self._one_at_a_time:
-            try:
-                await asyncio.to_thread(self._audit.append, entry)
-            except NotTheWriter:
-                log.warning("a newer hub took over: the outcome of %s is its to write down", update.id)
-            except OSError as error:
-                self._audit_trouble(error.strerror or str(error))
-
-    def _audit_trouble(self, why: str) -> None:
-        if self._audit_failed:
-            return
-        self._audit_failed = True
-        state = self._record.state
-        self._recorder.take(
-            Anomaly(
-                time=time.time(),
-                step=state.step,
-                incarnation=state.incarnation,
-                what="audit",
-                text=f"the audit log cannot be written ({why}): commands that change training are refused, "
-                f"stop and checkpoint save are not; make {self._run_dir.path} writable and leave room there",
-                severity="error",
-            )
-        )
 
 
 def _refuse_own(command_id: str) -> None:

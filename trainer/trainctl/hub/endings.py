@@ -150,20 +150,24 @@ class Endings:
         if missing and (ending.what == "restart" or not peers) and not (launched and ending.what == "abort"):
             return Outcome(state="failed", reason=f"{'; '.join(missing)}; nothing was changed")
         self._ending = ending  # from here on ranks may go, by torchrun's hand or the agents'
-        if launched and (problem := await self._tell_launcher(command, ending)) is not None:
+        untold = await self._tell_launcher(command, ending) if launched else None
+        if untold is not None and ending.what == "restart":
             self._ending = None
-            return Outcome(state="failed", reason=problem)
+            return Outcome(state="failed", reason=f"{untold}; nothing was changed")
+        if untold is not None:
+            missing.append(f"{untold}: it starts the ranks again where torchrun has --max-restarts left")
         heard = await self._ask(command, ending, nodes, peers)
         if heard.ranks == sum(map(len, nodes.values())):
             self._conclude(ending)
-            return Outcome(state="applied", ranks=heard.ranks, after=heard.text)
+            return Outcome(state="applied", ranks=heard.ranks, after="; ".join([heard.text, *missing]))
         words = [*missing, *heard.words, *([f"{heard.text} ended"] if heard.text else [])]
         if not heard.ranks and not heard.silent and not launched:
             self._ending = None
         return Outcome(state="unknown" if heard.silent else "failed", ranks=heard.ranks, reason="; ".join(words))
 
     async def _tell_launcher(self, command: Command, ending: Ending) -> str | None:
-        """Before the ranks are ended: otherwise torchrun would start them again in its own way."""
+        """Before the ranks are ended: otherwise torchrun would start them again in its own way. Why that failed, or
+        None."""
         wish = EndRequest(
             what=ending.what,
             command=command.id,
@@ -175,13 +179,13 @@ class Endings:
         try:
             await asyncio.to_thread(request_ending, directory, wish)
         except OSError as error:
-            return f"trainctl run cannot be told ({error.strerror} in {directory}); nothing was changed"
+            return f"trainctl run cannot be told ({error.strerror} in {directory})"
         if await asyncio.to_thread(wait_until_taken, directory, _TAKEN_S) or ending.what == "abort":
             return None
         if await asyncio.to_thread(drop_request, directory, command.id):
             return (
-                f"trainctl run did not take the request within {_TAKEN_S:.0f} s (is it stopped?); nothing was changed: "
-                "let it go on, or use abort --now"
+                f"trainctl run did not take the request within {_TAKEN_S:.0f} s (is it stopped? let it go on, or use "
+                "abort --now)"
             )
         return None
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from trainctl.wire.commands import (
     FINAL_COMMAND_STATES,
+    Abort,
     Act,
     Cancel,
     CheckpointPin,
@@ -44,8 +45,11 @@ class Situation:
 
 
 def allowed_without_audit(command: Command) -> bool:
-    """Stopping and saving must work on a full disk; nothing else may happen that nobody can look up later."""
-    return isinstance(command.action, Stop | CheckpointSave)
+    """Saving and ending must work on a full disk; nothing else may happen that nobody can look up later.
+
+    Abort too, now or at a boundary: a stop wants its checkpoint, and that is what such a disk refuses.
+    """
+    return isinstance(command.action, Stop | Abort | CheckpointSave)
 
 
 def rejection(command: Command, situation: Situation) -> str | None:

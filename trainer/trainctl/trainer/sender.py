@@ -7,30 +7,29 @@ every rank it hands the rank's figures to the exchange once a second and looks a
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
-from trainctl.trainer import steering
 from trainctl.trainer.agents import NodeAgent
 from trainctl.trainer.buffer import Entry, Rewind, StepMark
-from trainctl.trainer.core import Core, RunningSave
+from trainctl.trainer.core import Core
 from trainctl.trainer.device import let_captures_be
 from trainctl.trainer.drops import DropWatch
 from trainctl.trainer.exchange import Exchange
 from trainctl.trainer.figures import Pace, lost_here, run_state
 from trainctl.trainer.leader import Leader
 from trainctl.trainer.link import Link, wait_readable
-from trainctl.trainer.outcomes import update_of
 from trainctl.trainer.patience import LIMIT_S, SILENT_S, Patience
 from trainctl.trainer.preemption import Preemption
 from trainctl.trainer.pruning import Pruner
 from trainctl.trainer.rank_ranges import RANKS_TOLD
 from trainctl.trainer.reach import Reach
 from trainctl.trainer.rows import RowMaker
+from trainctl.trainer.saved import Saved
+from trainctl.trainer.steering_file import SteeringFile
 from trainctl.trainer.tally import Tally, clip_of
 from trainctl.wire.commands import Command, Resume
-from trainctl.wire.manifest import pin
 from trainctl.wire.messages import (
-    CheckpointSaved,
     Event,
     LinkAgents,
     LinkBye,
@@ -45,7 +44,6 @@ from trainctl.wire.messages import (
     SourceAddress,
 )
 from trainctl.wire.own_ids import AUTO_RESUME
-from trainctl.wire.rundir import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +56,7 @@ _RANKS_A_RECORD = 200  # so that a record fits a packet of the link, whatever th
 _LEAVE_S = 5.0  # for the exchange between the ranks and the deletions, before and beside that
 _NO_STEP_S = 30.0
 _DELETED_S = 2.0
+_KEPT_S = 2.0
 
 
 class Sender(threading.Thread):
@@ -85,6 +84,8 @@ class Sender(threading.Thread):
         self._info = info
         self._pruner = Pruner(core, core.retention) if core.place.leads and core.retention is not None else None
         self._preemption = preemption
+        self._steering = SteeringFile(core)
+        self._saved: deque[Saved] = deque()
         self._rows = RowMaker(
             attempt=core.identity.attempt, incarnation=core.incarnation, completed=core.boundary.completed
         )
@@ -145,7 +146,7 @@ class Sender(threading.Thread):
     def _tick(self, now: float) -> None:
         core = self._core
         self._settle_saves(now)
-        steering.keep(core)
+        self._steering.keep()
         if self._preemption is not None:
             self._preemption.tick(now)
         if self._leader is not None:
@@ -235,11 +236,17 @@ class Sender(threading.Thread):
 
     def _record_events(self, now: float) -> None:
         assert self._link is not None
+        self._tell_events(self._steering.released(), now)
         while self._core.events:
             event = self._core.events.popleft()
             if self._preemption is not None:
                 self._preemption.hear(event)
-            steering.keep(self._core)  # whoever hears that it is applied may rely on it after a crash, too
+            if not self._steering.holds(event):
+                self._tell_events([event], now)
+
+    def _tell_events(self, events: list[Event], now: float) -> None:
+        assert self._link is not None
+        for event in events:
             self._link.record(event, now)
             self._next_state = now  # whoever hears of an outcome and asks must see what it changed
 
@@ -347,8 +354,9 @@ class Sender(threading.Thread):
             if self._pruner is not None and save.pending.result().error is None:
                 self._pruner.saved()
             if self._link is not None:
-                for event in saved_events(self._core, save):
-                    self._link.record(event, now)
+                self._saved.append(Saved(self._core, save))
+        while self._saved and self._saved[0].settled:
+            self._tell_events(self._saved.popleft().events(), now)
 
     def _goodbye(self) -> None:
         if self._pruner is not None:
@@ -357,6 +365,7 @@ class Sender(threading.Thread):
             return
         link, patience = self._link, Patience(time.monotonic())
         self._settle_saves(time.monotonic())
+        self._steering.finish(_KEPT_S)
         assert self._bye is not None
         said = -1  # the connection on which goodbye was said: a hub that comes back, or comes late, hears it too
         taken = False
@@ -405,45 +414,3 @@ class Sender(threading.Thread):
             )
         self._record_events(now)
         return len(buffer) == 0
-
-
-def saved_events(core: Core, save: RunningSave) -> list[Event]:
-    """What a finished save means: the checkpoint's own event, and the outcome of the command that asked for it."""
-    result = save.pending.result()
-    pinned = False
-    if result.error is None and isinstance(save.command, Command) and getattr(save.command.action, "pin", False):
-        try:
-            pin(RunDir(core.identity.directory).checkpoints / save.id, pinned=True)
-            pinned = True
-        except OSError as error:
-            log.warning("trainctl: checkpoint %s was saved and could not be pinned: %s", save.id, error)
-    saved = CheckpointSaved(
-        time=time.time(),
-        step=save.step,
-        incarnation=save.incarnation,
-        id=save.id,
-        bytes=result.bytes,
-        stall_s=result.stall_s,
-        write_s=result.write_s,
-        metrics=save.metrics,
-        pinned=pinned,
-        note=save.note,
-        error=result.error,
-    )
-    events: list[Event] = [saved]
-    if save.command is not None:
-        state, after = ("failed", None) if result.error else ("applied", save.id)
-        events.append(
-            update_of(
-                save.command,
-                save.actor,
-                state,
-                save.step,
-                core.boundary,
-                save.incarnation,
-                core.place.world_size,
-                after=after,
-                reason=result.error,
-            )
-        )
-    return events
