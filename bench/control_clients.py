@@ -1,9 +1,11 @@
 """What an agreement costs with 512 ranks on one store: the real control threads, in a few processes.
 
 Prints one JSON line. `decided`: from a proposal until every rank has answered and the decision stands; `applied`: until
-every rank has reported; `leader_cpu_ms`: rank 0's CPU time for one command, its leader alone in its process. `floor`:
-one round trip on the same store while nothing else happens; `ratio_p50` is *decided* over that. Then what the control
-check costs at a boundary where nothing is proposed, beside an empty loop: promised is at most 1 µs.
+every rank has reported, without the gathering at the boundary: one thread stands for all training threads of a process,
+each of which would wait for the others (`bench/commands.py` has that, on real ranks); `leader_cpu_ms`: rank 0's CPU
+time for one command, its leader alone in its process. `floor`: one round trip on the same store while nothing else
+happens; `ratio_p50` is *decided* over that. Then what the control check costs at a boundary where nothing is proposed,
+beside an empty loop: promised is at most 1 µs.
 
 usage: python bench/control_clients.py [--clients N] [--commands N] [--processes P]
 """
@@ -23,6 +25,7 @@ from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.control import Control
 from trainctl.trainer.leader import Leader, Prepared
 from trainctl.trainer.meeting import Meeting
+from trainctl.trainer.protocol import RankEvent
 from trainctl.wire.commands import Command, Resume
 from trainctl.wire.messages import CommandUpdate, LinkCommand
 
@@ -72,8 +75,9 @@ def control_clients(ranks: range, port: int, pipe: Pipe) -> None:
         while not over.wait(0.002):
             for boundary in boundaries:
                 armed = boundary.armed
-                if armed is not None and armed.decision == GO:
+                if armed is not None and armed.decision == GO and armed.going():
                     boundary.disarm(armed)
+                    armed.on(RankEvent.ALL)
                     armed.finish(Outcome(ok=True, step=0))
 
     threading.Thread(target=train, daemon=True).start()

@@ -43,6 +43,39 @@ def test_abort_now_ends_a_run_with_a_stopped_rank_and_nothing_restarts_it(tmp_pa
         assert again.returncode in {3, 4}, again.stdout + again.stderr
 
 
+@pytest.mark.parametrize(("words", "state"), [(("abort", "--now"), "stopped"), (("restart",), "running")])
+def test_a_paused_run_is_ended_by_its_operator_and_not_taken_for_one_whose_machine_goes(
+    words: tuple[str, ...], state: str, tmp_path: Path
+) -> None:
+    with launched(tmp_path) as running:
+        running.until_step(6)
+        running.until_agent()
+        trainctl_json("pause", *running.run)
+        held = [info["id"] for info in trainctl_json("checkpoint", "ls", *running.run)["checkpoints"]]
+        assert trainctl_json(*words, "--yes", *running.run)["state"] == "applied"
+        status = until(lambda: (found := running.status())["state"] == state and found, 60, what=state)
+        told = [found for found, _ in states(running.run)]
+        assert not {"preempted", "lost", "failed"} & set(told), told
+        assert status["attempt"] == (1 if state == "stopped" else 2)
+        assert not (running.directory / "preempted.json").exists()
+        if state == "stopped":
+            now = [info["id"] for info in trainctl_json("checkpoint", "ls", *running.run)["checkpoints"]]
+            assert now == held, "nothing is saved"
+        assert "preemption" not in trainctl("audit", *running.run).stdout
+
+
+def test_an_abort_that_comes_to_no_boundary_stands_in_nobodys_way(tmp_path: Path) -> None:
+    with launched(tmp_path) as running:
+        running.until_step(6)
+        running.until_agent()
+        (tmp_path / "alone").touch()  # rank 1 waits in a collective, and no boundary comes
+        until(lambda: len(stuck_ranks(running.run)) == 2, 30, what="both are found stuck")
+        trainctl("abort", "--yes", "--timeout", "1s", *running.run, check=False)
+        assert trainctl_json("abort", "--now", "--yes", *running.run)["state"] == "applied"
+        assert running.process.wait(60) == 1
+        assert running.status()["state"] == "stopped"
+
+
 def test_a_rank_in_a_collective_that_the_others_left_is_named_and_restart_gets_the_run_out_of_it(
     tmp_path: Path,
 ) -> None:

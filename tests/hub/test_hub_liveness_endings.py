@@ -11,13 +11,14 @@ from pathlib import Path
 import hub_double
 import msgspec
 import pytest
-from hub_double import RUN, hub_running, peer_of, rank_linked, request, snapshot, snapshot_when
+from hub_double import RUN, following, hub_running, peer_of, rank_linked, request, snapshot, snapshot_when
 
 from trainctl.wire import launcher as launcher_module
 from trainctl.wire.cards import read_cards
 from trainctl.wire.commands import FINAL_COMMAND_STATES, Abort, Action, EndRanks, Restart
+from trainctl.wire.endings import is_ended
 from trainctl.wire.launcher import EndRequest, announce, find_launcher, request_ending, take_request, withdraw
-from trainctl.wire.messages import CommandReply, CommandUpdate, LinkAgents, RankPlace, SourceAddress
+from trainctl.wire.messages import CommandReply, CommandUpdate, LinkAgents, Note, RankPlace, SourceAddress
 from trainctl.wire.peer import Peer
 from trainctl.wire.places import Place, process_started, write_place
 from waiting import until
@@ -95,6 +96,31 @@ def test_every_rank_is_ended_and_the_run_is_stopped_by_who_asked(
 
     with two_ranks(monkeypatch) as ranks, node_agent() as agent:
         asyncio.run(scenario(agent, ranks))
+
+
+@pytest.mark.parametrize(("last", "state"), [("preempted", "stopped"), ("failed", "stopped"), ("finished", "finished")])
+def test_the_last_word_of_a_rank_0_that_knows_of_no_operator_does_not_count(
+    last: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A paused rank takes SIGTERM for the machine's end, and a script's own handler may raise."""
+    run_dir = tmp_path / "run"
+
+    async def scenario(agent: SourceAddress) -> None:
+        with hub_running(run_dir) as hub, rank_linked(run_dir) as rank:
+            rank.step(7, "paused")
+            rank.say(LinkAgents(agents=[agent]))
+            async with peer_of(hub.card()) as peer, following(peer) as heard:
+                await snapshot_when(peer, lambda found: found.nodes and found.state.state == "paused")
+                assert not is_ended(run_dir, 1)
+                update = await outcome(peer, Abort(now=True))
+                assert (update.state, is_ended(run_dir, 1)) == ("applied", True)
+                rank.bye(last, 7)
+                rank.record(Note(time=0.0, step=7, incarnation=1, actor="", text="behind the last word"))
+                await heard.until(lambda item: isinstance(getattr(item, "body", None), Note))
+                assert (await snapshot(peer)).state.state == state
+
+    with two_ranks(monkeypatch), node_agent() as agent:
+        asyncio.run(scenario(agent))
 
 
 def test_a_rank_that_the_agent_does_not_know_is_left_alone_and_named(
@@ -176,6 +202,7 @@ def test_a_launcher_that_does_not_take_the_request_leaves_everything_as_it_was(
             assert "did not take the request" in (update.reason or "")
             assert [rank.poll() for rank in ranks] == [None, None]
             assert take_request(run_dir) is None
+            assert not is_ended(run_dir, 1), "the ranks' next SIGTERM is not an operator's"
             assert (await snapshot(peer)).state.state == "running"
 
     with two_ranks(monkeypatch) as ranks, node_agent() as agent:

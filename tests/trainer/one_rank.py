@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trainctl.trainer.actions import Actions, begin_save, refusal
-from trainctl.trainer.agreement import CANCEL, COMMIT, GO, Outcome, Proposal, in_two_phases
+from trainctl.trainer.agreement import GO, Outcome, Proposal, in_two_phases, verdict_on
 from trainctl.trainer.boundary import Armed, Boundary
 from trainctl.trainer.buffer import RowBuffer
 from trainctl.trainer.checkpoint import Accessor, Checkpointer, State
@@ -42,7 +42,7 @@ class AloneInAgreement:
 
     def staged(self, armed: Armed, told: Outcome) -> bool:
         armed.stage()
-        armed.judge(COMMIT if told.ok else CANCEL)
+        armed.judge(verdict_on([told]))
         return told.ok
 
 

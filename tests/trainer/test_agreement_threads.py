@@ -2,25 +2,26 @@
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from torch.distributed import HashStore
 
 from trainctl.trainer.actions import Actions, Staged, refusal
-from trainctl.trainer.agreement import Outcome, Proposal, Seal, in_two_phases
+from trainctl.trainer.agreement import CANCEL, KEEP, Outcome, Proposal, Seal, in_two_phases
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.buffer import RowBuffer
 from trainctl.trainer.control import Control, InDoubt
 from trainctl.trainer.core import Callbacks, Core
 from trainctl.trainer.identity import RankIdentity, RunIdentity
 from trainctl.trainer.leader import Leader, Prepared
-from trainctl.trainer.meeting import Connection
+from trainctl.trainer.meeting import Connection, StoreSilent
 from trainctl.trainer.phases import Phases
+from trainctl.trainer.reverts import Revert
 from trainctl.trainer.tunables import Tunables, TunableValue
 from trainctl.wire.commands import Action, Command, Pause, Resume, SetTunable, Stop
-from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand
+from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand, Note
 from trainctl.wire.own_ids import undoing_id
 from waiting import until
 
@@ -97,10 +98,11 @@ class Job:
         store, together = HashStore(), threading.Barrier(ranks)
         self.ranks = [Rank(number, ranks, store, together, directory) for number in range(ranks)]
         self.updates: list[CommandUpdate] = []
+        self.connection = Connection(store, "p", Seal(b"secret", 1))  # rank 0's
         self.leader = Leader(
             world_size=ranks,
             boundary=self.ranks[0].core.boundary,
-            connection=Connection(store, "p", Seal(b"secret", 1)),
+            connection=self.connection,
             prepare=lambda command: Prepared(two_phase=in_two_phases(command)),
             later=later,
             tell=self.updates.append,
@@ -244,6 +246,101 @@ def test_each_change_on_trial_is_undone_at_once_whatever_the_others_ids_are(tmp_
         assert rank.core.tunables.values() == {"x": 1, "y": 0, "z": 0}
 
 
+class TestATrialWhoseUndoingIsDisturbed:
+    """What is on trial is confirmed by a word of rank 0 alone, never by an undoing that came to nothing."""
+
+    def on_trial(self, job: Job, unless: str) -> Revert:
+        command = Command(id="c", action=SetTunable(name="x", value=7), revert_after=1, unless=unless)
+        job.leader.submit(LinkCommand(command=command, actor="mk", accepted=0.0))
+        assert job.outcome("c").state == "applied"
+        found = job.ranks[0].core.reverts.get("c")
+        assert found is not None
+        return found
+
+    def undo(self, job: Job, revert: Revert) -> None:
+        job.leader.undo(revert.command, "mk", due=revert.due)
+
+    def ends(self, job: Job) -> tuple[list[object], list[str]]:
+        """What the ranks have in the end, alike and no more on trial, and the notes of it."""
+        job.close()
+        assert [rank.core.reverts.steps_left(0) for rank in job.ranks] == [{}, {}]
+        notes = [event.text for event in job.ranks[0].core.events if isinstance(event, Note)]
+        return [rank.core.tunables.values()["x"] for rank in job.ranks], notes
+
+    @pytest.mark.parametrize(("unless", "value", "notes"), [("step < 0", 0, 0), ("step > 0", 7, 1)])
+    def test_a_store_that_is_silent_for_once_puts_it_off(
+        self, unless: str, value: int, notes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job = Job(2, tmp_path)
+        revert = self.on_trial(job, unless)
+        look, silent = job.connection.has, iter([True])
+
+        def has(keys: Sequence[str]) -> bool:
+            if keys[0].startswith("l/") and next(silent, False):
+                raise StoreSilent("cut")
+            return look(keys)
+
+        monkeypatch.setattr(job.connection, "has", has)
+        self.undo(job, revert)
+        told = job.outcome("c.undo")
+        assert told.state == ("rejected" if notes else "applied"), told.reason
+        assert [update.state for update in job.updates].count("scheduled") == 3, "it was put off"
+        found, said = self.ends(job)
+        assert (found, len(said)) == ([value] * 2, notes)
+
+    def test_where_the_answer_to_the_verdict_is_lost_it_counts_and_is_told(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job = Job(2, tmp_path)
+        revert = self.on_trial(job, "step > 0")
+        decide = job.connection.decide
+
+        def lost(key: str, content: bytes) -> bytes | None:
+            held = decide(key, content)
+            if key.startswith("c/") and content == KEEP:
+                raise StoreSilent("cut behind it")
+            return held
+
+        monkeypatch.setattr(job.connection, "decide", lost)
+        self.undo(job, revert)
+        told = job.outcome("c.undo")
+        why = "step > 0 holds: the change of command c stays"
+        assert (told.state, told.reason) == ("rejected", why)
+        assert self.ends(job) == ([7, 7], [why])
+
+    def test_a_rank_that_calls_it_off_for_it_did_not_hear_of_rank_0_confirms_nothing(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        job = Job(2, tmp_path)
+        revert = self.on_trial(job, "step < 0")
+        decide, called_off = job.connection.decide, iter([True])
+
+        def late(key: str, content: bytes) -> bytes | None:
+            if key.startswith("c/") and next(called_off, False):
+                assert job.ranks[1].control.decide(key, CANCEL) == CANCEL
+            return decide(key, content)
+
+        monkeypatch.setattr(job.connection, "decide", late)
+        self.undo(job, revert)
+        assert job.outcome("c.undo").state == "applied"
+        assert self.ends(job) == ([0, 0], [])
+
+    def test_an_operator_who_withdraws_it_keeps_the_change_and_is_named(self, tmp_path: Path) -> None:
+        job = Job(2, tmp_path)
+        revert = self.on_trial(job, "step < 0")
+        for rank in job.ranks:
+            rank.free.clear()  # a step that does not end
+        self.undo(job, revert)
+        until(lambda: any(u.id == "c.undo" for u in job.updates), 20, what="the undoing to be scheduled")
+        job.leader.submit(LinkCancel(id="c.undo", actor="dana"))
+        told = job.outcome("c.undo")
+        assert (told.state, told.reason) == ("rejected", "cancelled by dana")
+        for rank in job.ranks:
+            rank.free.set()
+        assert self.ends(job) == ([7, 7], ["c.undo was cancelled: the change of command c stays"])
+        assert next(e.actor for e in job.ranks[0].core.events if isinstance(e, Note)) == "dana"
+
+
 def test_a_command_that_comes_after_the_end_is_answered(tmp_path: Path) -> None:
     job = Job(2, tmp_path)
     job.outcome(job.send(Stop()))
@@ -259,7 +356,6 @@ def test_a_command_that_comes_after_the_end_is_answered(tmp_path: Path) -> None:
 def test_a_rank_whose_store_is_silent_stops_rather_than_guess(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from trainctl.trainer import control as module
     from trainctl.trainer.boundary import Armed
-    from trainctl.trainer.meeting import StoreSilent
 
     class Dead(Connection):
         def decide(self, key: str, content: bytes) -> bytes | None:

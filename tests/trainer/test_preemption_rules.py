@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +17,23 @@ from trainctl.trainer.core import Hold
 from trainctl.trainer.outcomes import update_of
 from trainctl.trainer.preemption import Preemption, Signalled, farewell, listen
 from trainctl.wire.commands import Stop
+from trainctl.wire.endings import mark_ended
 from trainctl.wire.messages import LinkCommand
 from trainctl.wire.preemption import Warned, read_heard, read_left, read_preempted, signal_number, write_note
+from trainctl.wire.rundir import RunDir
 
 WHY = "SIGUSR1 on node-a"
+PAUSED = """
+import os, signal, sys
+from pathlib import Path
+from trainctl.trainer.preemption import Signalled, heard_while_paused
+from trainctl.wire.endings import is_ended
+heard = Signalled()
+heard.by_operator = lambda: is_ended(Path(sys.argv[1]), 1)
+with heard_while_paused(heard):
+    os.kill(os.getpid(), signal.SIGTERM)
+assert heard.name == "SIGTERM"
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +216,14 @@ class TestSignals:
         os.kill(os.getpid(), signal.SIGUSR1)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert heard.name == "SIGUSR1"
+
+    @pytest.mark.parametrize(("ended", "code"), [(1, -signal.SIGTERM), (2, 0)])
+    def test_an_operators_sigterm_ends_a_paused_rank_and_a_machines_is_noted(
+        self, tmp_path: Path, ended: int, code: int
+    ) -> None:
+        RunDir(tmp_path).create()
+        mark_ended(tmp_path, ended)
+        assert subprocess.run([sys.executable, "-c", PAUSED, str(tmp_path)], check=False, timeout=60).returncode == code
 
     def test_what_the_script_does_with_it_stays(self, caplog: pytest.LogCaptureFixture) -> None:
         signal.signal(signal.SIGUSR1, handler := lambda *_: None)

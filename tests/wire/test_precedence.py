@@ -42,6 +42,14 @@ def under_way(action: Act, actor: str = "dana", *, scheduled: bool = False) -> U
         (Abort(), Stop(), "queue", "queue"),
         (Abort(now=True), Stop(), "queue", "queue"),
         (Restart(), Stop(), "queue", "queue"),
+        (Abort(now=True), Abort(), "queue", "queue"),
+        (Restart(), Abort(), "queue", "queue"),
+        (Abort(), Abort(), "conflict", "conflict"),
+        (Stop(), Abort(), "conflict", "conflict"),
+        (Abort(), Abort(now=True), "conflict", "conflict"),
+        (Abort(now=True), Restart(), "conflict", "conflict"),
+        (Abort(now=True), Abort(now=True), "conflict", "conflict"),
+        (Restart(), Abort(now=True), "conflict", "conflict"),
         (AddNote(text="x"), Stop(), "queue", "queue"),
         (LR, LrScale(factor=0.5), "supersede", "conflict"),
         (LrRelease(), LR, "supersede", "conflict"),
@@ -75,12 +83,17 @@ def test_what_becomes_of_the_newer(newer: Act, older: Act, same_operator: Relati
 def test_the_documented_table_is_the_one_in_the_code() -> None:
     table = [line for line in str(precedence.__doc__).splitlines() if line.startswith("|")]
     documented = Path(__file__).parents[2].joinpath("docs", "commands.md").read_text(encoding="utf-8")
-    assert len(table) == 10
+    assert len(table) == 12
     assert "\n".join(table) in documented
 
 
 def test_what_is_scheduled_is_not_superseded_any_more() -> None:
     assert relation(LR, "dana", under_way(LR, scheduled=True)) == "queue"
+
+
+@pytest.mark.parametrize("newer", [Abort(now=True), Restart()], ids=str)
+def test_what_needs_no_boundary_gets_by_an_abort_that_comes_to_none(newer: Act) -> None:
+    assert relation(newer, "kim", under_way(Abort(), scheduled=True)) == "queue"
 
 
 def test_one_conflict_outweighs_everything() -> None:

@@ -2,8 +2,10 @@
 
 | the newer command | the older one, still under way | then |
 |---|---|---|
-| anything that needs a boundary | stop, abort or restart | conflict: the run is ending |
-| abort, `abort --now`, restart | stop | queue: abort behind the stop's save, the others at once, by the agents |
+| anything that needs a boundary | stop, abort, `abort --now` or restart | conflict: the run is ending |
+| abort | stop | queue: behind the stop's save |
+| `abort --now`, restart | stop or abort | queue: at once, by the agents |
+| `abort --now`, restart | `abort --now` or restart | conflict: the ranks are being ended |
 | lr set, lr release | the same operator's lr command of the same groups, not scheduled | supersede the older |
 | set NAME | the same operator's set NAME of the same groups, not scheduled | supersede the older |
 | lr …, set NAME, pause or resume | another operator's of the same (lr, NAME, or pause and resume) | conflict |
@@ -31,6 +33,7 @@ from trainctl.wire.commands import (
     Rollback,
     SetTunable,
     Stop,
+    carrier_of,
     spec_of,
 )
 
@@ -75,8 +78,11 @@ def conflict_reason(newer: Act, older: UnderWay) -> str:
 
 
 def _while_ending(newer: Act, older: Act) -> Relation:
-    harder = isinstance(newer, Abort | Restart) and isinstance(older, Stop)
-    return "queue" if harder or spec_of(newer).by == "hub" else "conflict"
+    by = carrier_of(newer)
+    if by == "agents":  # they need no boundary, and a rank that hangs comes to none
+        return "conflict" if carrier_of(older) == "agents" else "queue"
+    harder = isinstance(newer, Abort) and isinstance(older, Stop)
+    return "queue" if harder or by == "hub" else "conflict"
 
 
 def _replaces(newer: Act, older: Act) -> bool:

@@ -2,6 +2,7 @@
 
     run.json             who the run is (RunInfo)
     numbers/KIND-000001  one empty-handed file for each epoch, attempt and incarnation ever given out
+    numbers/ended-000001 an attempt that an operator ended without a boundary (wire/endings.py)
     journal/             the recorded wire, in segments
     audit.jsonl          every command, hash-chained
     checkpoints/ID/      MANIFEST.json and what it vouches for

@@ -236,10 +236,17 @@ class Attendance:
             case LinkAgents(agents=agents):
                 self._agents.follow(agents)
             case LinkBye():
-                self._board.become(self._board.life.bye(message, time.time()))
-                self._desk.rank_gone(f"the run is {self._board.state.state}", ended=True)
+                self._take_bye(message)
             case LinkHello():
                 log.warning("rank 0 said hello twice")
+
+    def _take_bye(self, bye: LinkBye) -> None:
+        if (ending := self._endings.overrules(bye, self._line.attempt)) is not None:
+            self._endings.become(ending)
+            self._desk.rank_gone(ending.reason, ended=True)
+            return
+        self._board.become(self._board.life.bye(bye, time.time()))
+        self._desk.rank_gone(f"the run is {self._board.state.state}", ended=True)
 
     def _take_record(self, message: LinkRecord) -> None:
         attempt = self._line.attempt

@@ -15,9 +15,10 @@ from trainctl.hub.board import RunBoard
 from trainctl.hub.disk import Disk, DiskHangs
 from trainctl.hub.starts_again import StartsAgain
 from trainctl.wire.commands import Act, Command, CommandState, EndRanks, Restart
+from trainctl.wire.endings import mark_ended, unmark_ended
 from trainctl.wire.launcher import EndRequest, drop_request, request_ending, wait_until_taken
 from trainctl.wire.manifest import list_checkpoints, pick
-from trainctl.wire.messages import CommandRequest, RanksEnded, RunInfo
+from trainctl.wire.messages import CommandRequest, LinkBye, RanksEnded, RunInfo
 from trainctl.wire.peer import NoAnswer, Peer, PeerError
 from trainctl.wire.preemption import read_preempted
 from trainctl.wire.rundir import RunDir
@@ -149,10 +150,10 @@ class Endings:
         launched = self._starts_again.by_launcher
         if missing and (ending.what == "restart" or not peers) and not (launched and ending.what == "abort"):
             return Outcome(state="failed", reason=f"{'; '.join(missing)}; nothing was changed")
-        self._ending = ending  # from here on ranks may go, by torchrun's hand or the agents'
+        self._begin(ending)
         untold = await self._tell_launcher(command, ending) if launched else None
         if untold is not None and ending.what == "restart":
-            self._ending = None
+            self._drop(ending)
             return Outcome(state="failed", reason=f"{untold}; nothing was changed")
         if untold is not None:
             missing.append(f"{untold}: it starts the ranks again where torchrun has --max-restarts left")
@@ -162,8 +163,19 @@ class Endings:
             return Outcome(state="applied", ranks=heard.ranks, after="; ".join([heard.text, *missing]))
         words = [*missing, *heard.words, *([f"{heard.text} ended"] if heard.text else [])]
         if not heard.ranks and not heard.silent and not launched:
-            self._ending = None
+            self._drop(ending)
         return Outcome(state="unknown" if heard.silent else "failed", ranks=heard.ranks, reason="; ".join(words))
+
+    def _begin(self, ending: Ending) -> None:
+        """From here on ranks may go, by torchrun's hand or the agents'; they are to know that it is an operator's."""
+        self._ending = ending
+        # Where the disk hangs a rank may not learn of it, and save: how it ended is told right all the same.
+        self._disk.post(lambda: mark_ended(self._run_dir.path, ending.attempt))
+
+    def _drop(self, ending: Ending) -> None:
+        """Nothing came of it."""
+        self._ending = None
+        self._disk.post(lambda: unmark_ended(self._run_dir.path, ending.attempt))
 
     async def _tell_launcher(self, command: Command, ending: Ending) -> str | None:
         """Before the ranks are ended: otherwise torchrun would start them again in its own way. Why that failed, or
@@ -226,6 +238,11 @@ class Endings:
             return None
         self._board.become(self._board.life.ended_by("preempted", told.reason, time.time()))
         return told.reason
+
+    def overrules(self, bye: LinkBye, attempt: int) -> Ending | None:
+        """The ending that a rank 0 in its way out does not know of: it took the SIGTERM for the machine's, or for an
+        error. What was finished or stopped before is that."""
+        return self.of(attempt) if bye.state in {"preempted", "failed"} else None
 
     def become(self, ending: Ending) -> None:
         """Put the run into the state that an ending leads to."""

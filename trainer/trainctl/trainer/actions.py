@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import msgspec
 import torch
 
-from trainctl.trainer.agreement import DOUBT_S, Outcome, Position, Proposal
+from trainctl.trainer.agreement import DOUBT_S, Outcome, Position, Proposal, keeps
 from trainctl.trainer.boundary import Armed
 from trainctl.trainer.changes import Changes, condition_values
 from trainctl.trainer.checkpoint import CheckpointError, Loaded
@@ -52,6 +52,7 @@ class Staged:
     problem: str | None = None
     declined: bool = False
     expired: bool = False
+    keeps: bool = False  # a change on trial, whose condition holds
     loaded: Loaded | None = None
     data: DataPlace | None = None  # where a rollback's data are open already
     tried: Scalar = None  # what a tunable was before the script's own callback was tried with the new value
@@ -173,6 +174,7 @@ class Actions:
             reason=staged.problem or "another rank could not: nothing was changed",
             declined=staged.declined,
             expired=staged.expired,
+            keeps=staged.keeps,
         )
         if self._control.staged(armed, told):
             return self._apply(armed.proposal, staged)
@@ -181,10 +183,9 @@ class Actions:
         action = armed.proposal.command.action
         if staged.tried is not None and isinstance(action, SetTunable):
             self._core.tunables.take_back(action.name, staged.tried)
-        undo = armed.proposal.undo
-        if undo is not None and self._changes.not_due(undo) is None:
-            self._core.reverts.take(undo)  # its condition holds: confirmed, on every rank alike
-            self._core.steered()
+        undo, verdict = armed.proposal.undo, armed.verdict
+        if undo is not None and verdict is not None and keeps(verdict):  # else it is still on trial, and tried again
+            self._changes.keep(undo, armed.proposal.command.id, verdict)
         return msgspec.structs.replace(told, ok=False)
 
     def _stage(self, proposal: Proposal) -> Staged:
@@ -208,9 +209,11 @@ class Actions:
             late = "it was not applied in time: nothing was changed"
             return Staged(problem=late, declined=True, expired=True, data=data)
         undo = proposal.undo
-        problem = unmet(core, proposal.command) if undo is None else self._changes.still_on_trial(undo)
+        problem = unmet(core, proposal.command) if undo is None else self._changes.not_due(undo)
         if problem is not None:
             return Staged(problem=problem, declined=True, data=data)
+        if undo is not None and (why := self._changes.stays(undo)) is not None:
+            return Staged(problem=why, declined=True, keeps=True)
         action = proposal.command.action
         if undo is None and isinstance(action, SetTunable) and core.tunables.may_raise(action.name):
             return self._try_out(action)
@@ -327,7 +330,7 @@ def refusal(core: Core, proposal: Proposal) -> str | None:
     """Why this rank cannot do what is proposed. Called by the control thread: reads only."""
     action = proposal.command.action
     if proposal.undo is not None:
-        return None if core.reverts.get(proposal.undo) is not None else "a newer change took its place"
+        return None if core.reverts.get(proposal.undo) is not None else core.reverts.why_gone(proposal.undo)
     at, total = core.boundary.completed, core.total_steps
     if core.feed is not None and total is not None and at <= total < proposal.step:
         return f"the run ends at step {total}, before the boundary of step {proposal.step}"

@@ -7,7 +7,8 @@
                       what they read back
     GO       every rank applies at the boundary, or, in two phases (rollback, conditions), stages first:
              all staged → COMMIT, any failed → CANCEL, and nothing was touched. CANCEL too by any staged rank that has
-             seen no sign of rank 0 for `DOUBT_S`
+             seen no sign of rank 0 for `DOUBT_S`. KEEP, by rank 0, where a change on trial is not to be undone: only
+             then is it confirmed, for CANCEL also says that the store was silent
 
     THERE    nobody applies or stages before all ranks are at the boundary (gathering.py): one that said READY may leave
 
@@ -36,7 +37,7 @@ _HALF = 32
 _BATCHES = (1 << _HALF) - 1
 _ROUND = (1 << 48) - 1  # the batches of all evaluations that one call of `on_eval` may make
 
-GO, ABORT, COMMIT, CANCEL = b"go", b"abort", b"commit", b"cancel"
+GO, ABORT, COMMIT, CANCEL, KEEP = b"go", b"abort", b"commit", b"cancel", b"keep"
 
 
 class Position(NamedTuple):
@@ -128,7 +129,7 @@ class Outcome(Struct, frozen=True, kw_only=True):
 
     `pending`: begun, and finished in the background (a checkpoint). `declined`: not done, as it should be (a condition
     that does not hold, a loop that ended before): a rejection and no failure. `expired`: it came too late. `waited`: in
-    vain, for another rank that knows better why.
+    vain, for another rank that knows better why. `keeps`: rank 0 found that the change on trial is to stay.
     """
 
     ok: bool
@@ -140,6 +141,7 @@ class Outcome(Struct, frozen=True, kw_only=True):
     declined: bool = False
     expired: bool = False
     waited: bool = False
+    keeps: bool = False
 
 
 Verdict: TypeAlias = Literal["go", "again", "refused"]
@@ -179,6 +181,28 @@ def judge(answers: list[Answer]) -> tuple[Verdict, str | None]:
             alike = all((other.verdict, other.reason) == ("refused", given.reason) for other in answers)
             return "refused", given.reason if alike else f"rank {rank}: {given.reason}"
     return ("go" if all(given.verdict == "ready" for given in answers) else "again"), None
+
+
+def verdict_on(staged: list[Outcome]) -> bytes:
+    """What rank 0 writes when every rank has staged, well or not. Rank 0 alone looks at conditions."""
+    if staged[0].keeps:
+        return KEEP
+    return COMMIT if all(outcome.ok for outcome in staged) else CANCEL
+
+
+def keep(cancelled_by: str) -> bytes:
+    """The verdict where an operator withdrew the undoing of a change on trial."""
+    return KEEP + b" " + cancelled_by.encode()
+
+
+def keeps(verdict: bytes) -> bool:
+    """Whether a change on trial stays for good."""
+    return verdict.partition(b" ")[0] == KEEP
+
+
+def kept_by(verdict: bytes) -> str | None:
+    """The operator who withdrew the undoing, None where the change's own condition keeps it."""
+    return verdict.partition(b" ")[2].decode(errors="replace") or None
 
 
 def next_margin(margin: int, proposed: Position, answers: list[Answer]) -> int:

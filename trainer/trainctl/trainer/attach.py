@@ -51,6 +51,7 @@ from trainctl.trainer.rolling_back import begin_branch, position
 from trainctl.trainer.sender import Sender
 from trainctl.trainer.tunables import Tunables
 from trainctl.wire.commands import CheckpointSave, Command, Rollback, SetTunable, spec_of
+from trainctl.wire.endings import is_ended
 from trainctl.wire.held_states import list_with_memory
 from trainctl.wire.manifest import pick
 from trainctl.wire.messages import LinkHello, RankPlace, RunInfo, Scalar
@@ -269,6 +270,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
     place, identity = core.place, core.identity
     control, leader, link, actions = None, None, None, None
     signalled = script.signalled or Signalled()
+    signalled.by_operator = lambda: is_ended(identity.directory, identity.attempt)
     if connections is not None:
         control = Control(
             rank=place.rank,

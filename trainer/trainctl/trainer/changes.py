@@ -5,7 +5,7 @@ All of it happens at a boundary, on the training thread, and is assignment only.
 
 from typing import TypeAlias
 
-from trainctl.trainer.agreement import Outcome, Proposal
+from trainctl.trainer.agreement import Outcome, Proposal, kept_by
 from trainctl.trainer.core import Core
 from trainctl.trainer.override_rules import group_of, names_in, rows_of, rules_from, undone
 from trainctl.trainer.reverts import Kept, Revert, TunableWas
@@ -24,11 +24,10 @@ class Changes:
 
     def replaced(self, proposal: Proposal) -> list[Revert]:
         """The changes on trial that this one takes the place of; told, because their undoing will not come."""
-        core, replaced = self._core, self._core.reverts.replaced_by(proposal.command.action)
+        core, newer = self._core, proposal.command
+        replaced = core.reverts.replaced_by(newer.action, newer.id)
         for revert in replaced:
-            core.note(
-                proposal.actor, f"{proposal.command.id} takes the place of {revert.command.id}, which was on trial"
-            )
+            core.note(proposal.actor, f"{newer.id} takes the place of {revert.command.id}, which was on trial")
         return replaced
 
     def set(
@@ -74,7 +73,7 @@ class Changes:
         core, step = self._core, self._core.boundary.completed
         if (problem := self.not_due(command_id)) is not None:
             return Outcome(ok=False, step=step, reason=problem, declined=True)
-        revert = core.reverts.take(command_id)
+        revert = core.reverts.take(command_id, f"it was undone at step {step}")
         assert revert is not None
         core.steered()
         action, overrides = revert.command.action, core.overrides
@@ -96,23 +95,33 @@ class Changes:
         """Why nothing is to be undone at this boundary, alike on every rank, or None."""
         reverts, step = self._core.reverts, self._core.boundary.completed
         if (revert := reverts.get(command_id)) is None:
-            return "a newer change took its place"
+            return reverts.why_gone(command_id)
         if step < revert.due:
             reverts.too_early(revert)
             return f"a rollback began its trial anew: it is undone at step {revert.due}"
         return None
 
-    def still_on_trial(self, command_id: str) -> str | None:
-        """Why the change is not to be undone now: what every rank knows, and what rank 0 finds of its condition."""
-        core = self._core
-        if (problem := self.not_due(command_id)) is not None:
-            return problem
-        revert = core.reverts.get(command_id)
-        if core.place.leads and revert is not None and revert.holds(condition_values(core)):
-            text = f"{revert.command.unless} holds: the change of command {command_id} stays"
-            core.note(revert.actor, text)
-            return text
-        return None
+    def stays(self, command_id: str) -> str | None:
+        """Why the change is not to be undone though it is time, as rank 0 finds of its condition here and now."""
+        core, revert = self._core, self._core.reverts.get(command_id)
+        if not core.place.leads or revert is None or not revert.holds(condition_values(core)):
+            return None
+        return _holds(revert)
+
+    def keep(self, command_id: str, undoing_id: str, verdict: bytes) -> None:
+        """Every rank learned that the change is not to be undone: it is confirmed, and told why."""
+        core, revert = self._core, self._core.reverts.get(command_id)
+        if revert is None:
+            return
+        by = kept_by(verdict)
+        why = _holds(revert) if by is None else f"{undoing_id} was cancelled: the change of command {command_id} stays"
+        core.reverts.take(command_id, why)
+        core.note(by or revert.actor, why)
+        core.steered()
+
+
+def _holds(revert: Revert) -> str:
+    return f"{revert.command.unless} holds: the change of command {revert.command.id} stays"
 
 
 def condition_values(core: Core) -> dict[str, Value]:

@@ -14,6 +14,7 @@ from typing import TypeVar
 from trainctl.trainer.agreement import (
     ABORT,
     CANCEL,
+    COMMIT,
     DOUBT_S,
     GO,
     Outcome,
@@ -268,7 +269,7 @@ class Control(threading.Thread):
         if not (told and self._learns_the_verdict(armed)) or armed.doubt is not None:
             armed.on(RankEvent.SILENT)
             raise InDoubt(silent) from armed.doubt
-        return armed.verdict != CANCEL
+        return armed.verdict == COMMIT
 
     def _learns_the_verdict(self, armed: Armed) -> bool:
         """Wait for it; false where the store is silent.

@@ -29,10 +29,12 @@ from trainctl.trainer.agreement import (
     encode,
     fitted,
     judge,
+    keep,
     left_evaluation,
     next_margin,
     no_common_step,
     patience,
+    verdict_on,
 )
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.meeting import Connection, StoreSilent
@@ -264,7 +266,8 @@ class Leader(threading.Thread):
             self._say(command, actor, "rejected", reason=prepared)
             return True
         for _ in range(TRIES):
-            if (by := self._cancelled.pop(command.id, None)) is not None:
+            # An undoing is withdrawn where it is staged: every rank has to learn that the change stays.
+            if undo is None and (by := self._cancelled.pop(command.id, None)) is not None:
                 self._say_cancelled(command, actor, by)
                 return True
             proposal = self._propose(message, prepared, undo)
@@ -281,8 +284,7 @@ class Leader(threading.Thread):
             if verdict == "go":
                 self._margin = eased(self._margin)
                 self._say(command, actor, "scheduled", step=proposal.step)
-                self._conclude(proposal, command, actor)
-                return True
+                return self._conclude(proposal, command, actor)
         if undo is None:  # an undoing is proposed again, and has its one outcome then
             reason = f"the ranks could not agree on a step in {TRIES} tries: nothing was changed; try again"
             self._say(command, actor, "failed", reason=reason)
@@ -378,21 +380,23 @@ class Leader(threading.Thread):
         found = no_common_step(own=own, other=other, whose=f"rank {ahead}")
         return None if found is None else f"rank 0: {found}"
 
-    def _conclude(self, proposal: Proposal, command: Command, actor: str) -> None:
+    def _conclude(self, proposal: Proposal, command: Command, actor: str) -> bool:
+        """Have it applied, or not; false for an undoing that came to nothing, and is on trial still."""
         staged: list[Outcome] = []
         if proposal.two_phase:
             found = self._outcomes("l", proposal, unless=command.id)
             if found is None:
-                self._withdraw(proposal, command, actor)
-                return
+                return self._withdraw(proposal, command, actor)
             staged = found
         cancelled = any(not outcome.ok for outcome in staged)
-        forced = self._judge(proposal, cancelled=cancelled) if proposal.two_phase else False
+        forced = self._judge(proposal, verdict_on(staged)) if proposal.two_phase else False
         outcomes = self._outcomes("r", proposal) or []
         self._on(LeadEvent.REPORTED)
         if proposal.mark and any(outcome.waited for outcome in outcomes):
             self._left = proposal.position.ends()  # a rank without these batches waits elsewhere in its on_eval
         first = outcomes[0]
+        if forced and proposal.undo is not None:
+            return False
         if forced:
             reason = "rank 0 was not heard of while all were ready, so a rank called it off: nothing was changed"
             self._say(command, actor, "failed", reason=reason)
@@ -403,25 +407,30 @@ class Leader(threading.Thread):
         elif not first.pending:
             given = (first.before, first.after, first.reason)
             self._say(command, actor, "applied", step=first.step, before=given[0], after=given[1], reason=given[2])
+        return True
 
-    def _judge(self, proposal: Proposal, *, cancelled: bool) -> bool:
+    def _judge(self, proposal: Proposal, verdict: bytes) -> bool:
         """Write the verdict; whether a rank that had not heard of this one for long wrote another before."""
-        if cancelled:
-            self._connection.decide(f"c/{proposal.number}", CANCEL)
-            self._on(LeadEvent.NOT_STAGED)
-            return False
-        self._on(LeadEvent.STAGED)
-        held = self._connection.decide(f"c/{proposal.number}", COMMIT)
-        self._on(LeadEvent.JUDGED)
-        return held != COMMIT
+        if verdict == COMMIT:
+            self._on(LeadEvent.STAGED)
+        held = self._connection.decide(f"c/{proposal.number}", verdict)
+        self._on(LeadEvent.JUDGED if verdict == COMMIT else LeadEvent.NOT_STAGED)
+        return held != verdict
 
-    def _withdraw(self, proposal: Proposal, command: Command, actor: str) -> None:
-        """Nothing was touched yet, and nothing will be: told at once, though the ranks may be far from the boundary."""
-        self._connection.decide(f"c/{proposal.number}", CANCEL)
+    def _withdraw(self, proposal: Proposal, command: Command, actor: str) -> bool:
+        """Nothing was touched yet, and nothing will be: told at once, though the ranks may be far from the boundary.
+
+        False where a rank had called an undoing off before, so that the change is on trial still.
+        """
+        by = self._cancelled[command.id]
+        verdict = CANCEL if proposal.undo is None else keep(by.actor)
+        held = self._connection.decide(f"c/{proposal.number}", verdict)
         self._on(LeadEvent.NOT_STAGED)
-        self._say_cancelled(command, actor, self._cancelled.pop(command.id))
+        if held == verdict:
+            self._say_cancelled(command, actor, self._cancelled.pop(command.id))
         self._outcomes("r", proposal)
         self._on(LeadEvent.REPORTED)  # the next proposal has to wait until every rank is past this one
+        return held == verdict
 
     def _say_cancelled(self, command: Command, actor: str, cancel: LinkCancel) -> None:
         if cancel.actor == "hub":

@@ -11,7 +11,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Protocol
@@ -44,12 +44,20 @@ _TRIES = 10
 
 
 class Signalled:
-    """A signal handler that only notes that it was called: nothing else is safe in the middle of anything."""
+    """A signal handler that only notes that it was called: nothing else is safe in the middle of anything.
+
+    But for a SIGTERM by which an operator ends the ranks, as `by_operator` says: that one ends this rank, as it would
+    without us. `abort --now` saves nothing, and after it nobody is to be told of a preemption.
+    """
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.by_operator: Callable[[], bool] = lambda: False
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGTERM and self.by_operator():
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
         self.name = signal.Signals(number).name
 
 
@@ -82,7 +90,7 @@ def heard_while_paused(signalled: Signalled | None) -> Iterator[None]:
     """SIGTERM while the run is held becomes a checkpoint and a stop, unless the script has its own way with it.
 
     In a pause there is nothing in flight that a save would have to wait for, and what was trained up to it may be worth
-    days; without us the signal would end the rank.
+    days; without us the signal would end the rank. An operator's `abort --now` and `restart` do end it.
     """
     main = threading.current_thread() is threading.main_thread()
     if signalled is None or not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:

@@ -48,7 +48,7 @@ class RankEvent(StrEnum):
     UNMET = "unmet"  # the others have been awaited for too long
     STAGE = "stage"  # staged, well or not
     COMMIT = "commit"
-    CANCEL = "cancel"
+    CANCEL = "cancel"  # or KEEP, which says besides that a change on trial stays for good
     UNHEARD = "unheard"  # no sign of rank 0 while staged
     SILENT = "silent"  # the store is, for as long as doubt may last
     DONE = "done"
@@ -147,7 +147,7 @@ class LeadEvent(StrEnum):
     WENT = "went"  # the decision that was read back is GO
     LOST = "lost"  # … is ABORT: a rank was impatient
     STAGED = "staged"  # by all
-    NOT_STAGED = "not staged"  # CANCEL is written: a rank could not, or it was withdrawn
+    NOT_STAGED = "not staged"  # CANCEL or KEEP is written: a rank could not, or it was withdrawn
     JUDGED = "judged"  # the verdict is read back
     REPORTED = "reported"
     SETTLED = "settled"  # what a silent store had left open is decided

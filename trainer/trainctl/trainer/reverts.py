@@ -23,6 +23,7 @@ from trainctl.wire.messages import Scalar
 
 _LEAD = 2  # proposals take effect this many steps ahead
 LEAD_LIMIT = 1000
+_REMEMBERED = 100  # changes that are on trial no more, and why
 _ASK_AGAIN = 100  # steps after which an undoing that found no boundary is proposed once more
 
 
@@ -76,25 +77,33 @@ class Reverts:
         self._pending: dict[str, Revert] = {}
         self._asked: dict[str, int] = {}  # by command id, the step at which the undoing was last proposed
         self._asks: dict[str, int] = {}  # and how often it was
+        self._gone: dict[str, str] = {}  # by command id, why it is on trial no more
         self._looked: int | None = None  # the step at which it was last looked for what is due
 
     def add(self, revert: Revert) -> None:
         self._pending = {**self._pending, revert.command.id: revert}
         self._asked.pop(revert.command.id, None)
 
-    def replaced_by(self, action: Act) -> list[Revert]:
-        """Those that `action` takes the place of, the newest first; they are on trial no more."""
+    def replaced_by(self, action: Act, by: str) -> list[Revert]:
+        """Those that `action`, of command `by`, takes the place of, the newest first; they are on trial no more."""
         gone = [revert for revert in self._pending.values() if replaces(action, revert.command.action)]
         for revert in gone:
-            self.take(revert.command.id)
+            self.take(revert.command.id, f"{by} took its place")
         return gone[::-1]
 
     def get(self, command_id: str) -> Revert | None:
         return self._pending.get(command_id)
 
-    def take(self, command_id: str) -> Revert | None:
-        """The change is undone or confirmed."""
+    def why_gone(self, command_id: str) -> str:
+        """Why a change is on trial no more; alike on every rank."""
+        return self._gone.get(command_id, "it is on trial no more")
+
+    def take(self, command_id: str, why: str) -> Revert | None:
+        """The change is undone or confirmed, as `why` says."""
         found = self._pending.get(command_id)
+        self._gone[command_id] = why
+        if len(self._gone) > _REMEMBERED:
+            del self._gone[next(iter(self._gone))]
         self._pending = {key: revert for key, revert in self._pending.items() if key != command_id}
         return found
 

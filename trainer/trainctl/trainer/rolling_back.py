@@ -21,7 +21,7 @@ def roll_back(
     from_step, from_incarnation = core.boundary.completed, core.incarnation
     core.checkpointer.commit(loaded, restore_overrides=action.restore_overrides)
     if action.lr_scale is not None and core.overrides is not None:
-        core.reverts.replaced_by(action)  # also those that came with the checkpoint
+        core.reverts.replaced_by(action, proposal.command.id)  # also those that came with the checkpoint
         core.overrides.scale_lr(action.lr_scale)
     core.steered()
     step = position(core, loaded, data=data)
