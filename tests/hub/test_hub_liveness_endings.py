@@ -17,7 +17,16 @@ from trainctl.wire import launcher as launcher_module
 from trainctl.wire.cards import read_cards
 from trainctl.wire.commands import FINAL_COMMAND_STATES, Abort, Action, EndRanks, Restart
 from trainctl.wire.endings import is_ended
-from trainctl.wire.launcher import EndRequest, announce, find_launcher, request_ending, take_request, withdraw
+from trainctl.wire.launcher import (
+    EndRequest,
+    announce,
+    drop_request,
+    find_launchers,
+    request_ending,
+    take_request,
+    wait_until_taken,
+    withdraw,
+)
 from trainctl.wire.messages import CommandReply, CommandUpdate, LinkAgents, Note, RankPlace, SourceAddress
 from trainctl.wire.peer import Peer
 from trainctl.wire.places import Place, process_started, write_place
@@ -168,7 +177,7 @@ def test_a_restart_tells_the_launcher_first_and_waits_for_the_next_attempt(
             assert refused.update.state == "rejected"
             assert "nothing would start the next attempt" in (refused.update.reason or "")
             launcher = announce(run_dir)
-            assert find_launcher(run_dir) == launcher
+            assert find_launchers(run_dir) == [launcher]
             asking = asyncio.create_task(outcome(peer, Restart()))
             taken = await asyncio.to_thread(until, lambda: take_request(run_dir), 10)
             assert taken is not None
@@ -182,7 +191,7 @@ def test_a_restart_tells_the_launcher_first_and_waits_for_the_next_attempt(
                 found = await snapshot_when(peer, lambda found: found.state.state == "running")
                 assert (found.state.attempt, found.info.id) == (2, RUN)
             withdraw(run_dir, launcher)
-            assert find_launcher(run_dir) is None
+            assert find_launchers(run_dir) == []
 
     with two_ranks(monkeypatch) as ranks, node_agent() as agent:
         asyncio.run(scenario(agent, ranks))
@@ -217,7 +226,8 @@ def test_abort_now_ends_the_ranks_where_the_runs_directory_takes_no_files(
     (run_dir / "audit.jsonl").mkdir(parents=True)  # these refuse writing to root too, as no mode does
     announce(run_dir)
     if not told:
-        (run_dir / "ending.json").mkdir()
+        (wish,) = (folder / "ending.json" for folder in (run_dir / "launchers").iterdir())
+        wish.mkdir()
 
     async def scenario(agent: SourceAddress, ranks: list[subprocess.Popen[bytes]]) -> None:
         async with hub_with(tmp_path, agent) as peer:
@@ -230,6 +240,83 @@ def test_abort_now_ends_the_ranks_where_the_runs_directory_takes_no_files(
 
     with two_ranks(monkeypatch) as ranks, node_agent() as agent:
         asyncio.run(scenario(agent, ranks))
+
+
+@contextmanager
+def another_launcher(run_dir: Path) -> Iterator[subprocess.Popen[str]]:
+    """A second process that starts attempts of the run, as on another node; it prints the wish it took."""
+    script = """
+import pathlib, sys, time
+from trainctl.wire.launcher import announce, take_request
+directory = pathlib.Path(sys.argv[1])
+announce(directory)
+print("ready", flush=True)
+while (wish := take_request(directory)) is None:
+    time.sleep(0.02)
+print(wish.what, wish.target, flush=True)
+sys.stdin.readline()
+"""
+    command = [sys.executable, "-P", "-c", script, str(run_dir)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=10)
+
+
+def test_every_nodes_launcher_hears_of_a_restart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+
+    async def scenario(agent: SourceAddress, other: subprocess.Popen[str]) -> None:
+        async with hub_with(tmp_path, agent) as peer:
+            asking = asyncio.create_task(outcome(peer, Restart()))
+            taken = await asyncio.to_thread(until, lambda: take_request(run_dir), 10)
+            assert (taken.what, taken.target) == ("restart", "last")
+            assert other.stdout is not None
+            assert await asyncio.to_thread(other.stdout.readline) == "restart last\n"
+            assert (await asking).state == "applied"
+
+    announce(run_dir)
+    with two_ranks(monkeypatch), node_agent() as agent, another_launcher(run_dir) as other:
+        assert len(find_launchers(run_dir)) == 2
+        asyncio.run(scenario(agent, other))
+
+
+def test_a_wish_is_taken_back_from_all_or_from_none(tmp_path: Path) -> None:
+    ours = announce(tmp_path)
+    wish = EndRequest(what="restart", command="c1", actor="mk", attempt=2)
+    with another_launcher(tmp_path) as other:
+        told = request_ending(tmp_path, wish)
+        assert len(told) == 2
+        assert other.stdout is not None
+        assert other.stdout.readline() == "restart last\n"
+        assert not wait_until_taken(told, 0.0)
+        assert not drop_request(told)
+        assert take_request(tmp_path) == wish, "the slower one must not be left behind"
+        assert wait_until_taken(told, 0.0)
+        other.kill()
+        other.wait(10)
+        assert find_launchers(tmp_path) == [ours], "one that is dead would start nothing"
+        assert drop_request(request_ending(tmp_path, wish))
+        assert take_request(tmp_path) is None
+
+
+def test_of_a_node_that_was_lost_nothing_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "lost")
+    announce(tmp_path)
+    monkeypatch.setattr("socket.gethostname", lambda: "here")
+    ours = announce(tmp_path)
+    assert {launcher.host for launcher in find_launchers(tmp_path)} == {"lost", "here"}, "who could tell from here"
+    wish = EndRequest(what="restart", command="c1", actor="mk", attempt=2)
+    assert len(request_ending(tmp_path, wish, {"here"})) == 1
+    assert take_request(tmp_path) == wish
+    assert len(request_ending(tmp_path, wish, {"n0"})) == 2, "nodes by other names: rather one too many"
+    withdraw(tmp_path, ours)
+    assert [launcher.host for launcher in find_launchers(tmp_path)] == ["lost"]
 
 
 def test_a_disk_that_has_filled_up_still_takes_a_wish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

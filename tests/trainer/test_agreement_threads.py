@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from torch.distributed import HashStore
 
+from trainctl.trainer import actions as actions_module
 from trainctl.trainer.actions import Actions, Staged, refusal
 from trainctl.trainer.agreement import CANCEL, KEEP, Outcome, Proposal, Seal, in_two_phases
 from trainctl.trainer.boundary import Boundary
@@ -21,7 +22,7 @@ from trainctl.trainer.phases import Phases
 from trainctl.trainer.reverts import Revert
 from trainctl.trainer.tunables import Tunables, TunableValue
 from trainctl.wire.commands import Action, Command, Pause, Resume, SetTunable, Stop
-from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand, Note
+from trainctl.wire.messages import Anomaly, CommandUpdate, LinkCancel, LinkCommand, Note
 from trainctl.wire.own_ids import undoing_id
 from waiting import until
 
@@ -209,6 +210,26 @@ def test_a_paused_run_holds_every_rank_at_one_step_and_takes_commands(tmp_path: 
     assert (refused.state, refused.reason) == ("rejected", "the run is paused already")
     assert job.outcome(job.send(Resume())).state == "applied"
     until(lambda: job.ranks[0].core.boundary.completed > paused.step, 10)
+    job.close()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_paused_rank_that_no_command_reaches_stays_paused_until_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, number: int
+) -> None:
+    monkeypatch.setattr(actions_module, "DOUBT_S", 0.05)
+    job = Job(2, tmp_path)
+    assert job.outcome(job.send(Pause())).state == "applied"
+    cut = job.ranks[number]
+    cut.control._waiting.problem = "connection refused"  # what is left of a connection while its store refuses one
+    why = f"no command reaches rank {number} (the job's store does not answer rank {number}: connection refused)"
+    until(lambda: why in caplog.text, 20)
+    cut.control._waiting.problem = None
+    until(lambda: f"commands reach rank {number} again" in caplog.text, 20)
+    assert cut.training.is_alive()
+    told = [event.severity for event in cut.core.events if isinstance(event, Anomaly)]
+    assert told == (["error", "good"] if number == 0 else []), "rank 0 speaks for the run"
+    assert job.outcome(job.send(Resume())).state == "applied"
     job.close()
 
 

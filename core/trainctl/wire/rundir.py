@@ -7,9 +7,7 @@
     audit.jsonl          every command, hash-chained
     checkpoints/ID/      MANIFEST.json and what it vouches for
     hub.log              what the hub had to say
-    launcher.json        the `trainctl run` that would start the next attempt, while it lives (wire/launcher.py)
-    ending.json          what an operator wants of it, until it takes that away
-    ending.reserve       room for that, which a disk that fills up cannot take any more
+    launchers/HOST-PID/  a `trainctl run` that would start the next attempt, and what is wanted of it (wire/launcher.py)
     preempted.json       the last attempt that was preempted, and why (wire/preemption.py)
 
 Numbers are given out by creating a file with O_EXCL and syncing its directory: one winner on any file system, shared

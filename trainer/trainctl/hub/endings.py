@@ -189,12 +189,13 @@ class Endings:
         )
         directory = self._run_dir.path
         try:
-            await asyncio.to_thread(request_ending, directory, wish)
+            hosts = {place.node for place in self._board.info.ranks}
+            told = await asyncio.to_thread(request_ending, directory, wish, hosts)
         except OSError as error:
             return f"trainctl run cannot be told ({error.strerror} in {directory})"
-        if await asyncio.to_thread(wait_until_taken, directory, _TAKEN_S) or ending.what == "abort":
+        if await asyncio.to_thread(wait_until_taken, told, _TAKEN_S) or ending.what == "abort":
             return None
-        if await asyncio.to_thread(drop_request, directory, command.id):
+        if await asyncio.to_thread(drop_request, told):
             return (
                 f"trainctl run did not take the request within {_TAKEN_S:.0f} s (is it stopped? let it go on, or use "
                 "abort --now)"

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from trainctl.hub.disk import Disk, DiskHangs
-from trainctl.wire.launcher import find_launcher
+from trainctl.wire.launcher import find_launchers
 from trainctl.wire.messages import RunInfo
 
 _HOW = "end it with abort --now and start it again: trainctl run --resume"
@@ -29,7 +29,7 @@ class StartsAgain:
     def by_launcher(self) -> bool:
         """Whether a `trainctl run` would start it, which resumes from any checkpoint."""
         with contextlib.suppress(DiskHangs):
-            self._by_launcher = self._disk.do(lambda: find_launcher(self._directory)) is not None
+            self._by_launcher = bool(self._disk.do(lambda: find_launchers(self._directory)))
         return self._by_launcher
 
     def told_of(self, info: RunInfo) -> RunInfo:

@@ -89,20 +89,34 @@ class Actions:
     def _stay(self, *, inside: bool) -> None:
         core = self._core
         unreachable_since: float | None = None
+        told = False
         while core.hold is not None and core.ending is None:
             core.boundary.wake.wait(_HOLD_POLL_S)
             core.boundary.wake.clear()
             self._meet_one(inside=inside)
             if self._control.is_alive() and self._control.problem is None:
                 unreachable_since = None
+                if told:
+                    told = False
+                    core.tell("control", f"commands reach rank {core.place.rank} again", "good")
                 continue
             unreachable_since = unreachable_since or time.monotonic()
-            if time.monotonic() - unreachable_since > DOUBT_S:
-                why = self._control.problem or "a rank left its loop"
+            if told or time.monotonic() - unreachable_since <= DOUBT_S:
+                continue
+            why = self._control.problem or "a rank left its loop"
+            if not self._control.is_alive():
                 raise InDoubt(
                     f"the run is paused and no command reaches this rank any more ({why}): it stops, because nobody "
                     "could ever resume it. Go on from the last good checkpoint"
                 )
+            # A connection that is cut is tried again as long as the pause lasts, and nothing is undecided meanwhile.
+            told = True
+            core.tell(
+                "control",
+                f"the run is paused, and no command reaches rank {core.place.rank} ({why}): it stays paused and "
+                "goes on asking; abort --now ends it",
+                "error",
+            )
 
     def _meet_one(self, *, inside: bool) -> None:
         boundary = self._core.boundary

@@ -34,7 +34,8 @@ class Reach:
             if cut is not None:  # of a store that is silent altogether the hub tells, which misses everybody's figures
                 self._told = True
                 text = "no command can be agreed on until it answers again, and each is refused meanwhile"
-                self._core.tell("control", f"{problem}: {text}; training goes on, abort --now ends it", "error")
+                goes_on = "training goes on" if self._core.hold is None else "the run stays paused"
+                self._core.tell("control", f"{problem}: {text}; {goes_on}, abort --now ends it", "error")
 
     def _answers(self) -> None:
         if self._core.unreachable is None:
