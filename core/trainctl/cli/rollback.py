@@ -17,6 +17,7 @@ from trainctl.client.rollback_plan import lost_work, lr_after, scheduled_after
 from trainctl.client.session import Session
 from trainctl.wire.commands import Rollback
 from trainctl.wire.manifest import resized_words
+from trainctl.wire.save_order import next_older
 
 
 class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,10 +105,10 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
     found = (await session.checkpoints()).checkpoints
     info = picked(found, action.target, model)
     if info.verified is False and not info.in_memory:
-        older = [other for other in found if other.time < info.time and other.verified is not False]
+        older = next_older(found, info.id, info.time)
         raise Rejected(
             f"checkpoint {info.id} is damaged; nothing was done",
-            f"the next older one is {older[-1].id} at step {older[-1].step}" if older else "there is no older one",
+            f"the next older one is {older.id} at step {older.step}" if older else "there is no older one",
         )
     state = model.state
     assert state is not None

@@ -53,6 +53,7 @@ class RollbackDialog(Dialog):
         table = checkpoints_table(self.model, self.look.symbols, list(self.checkpoints.values()))
         keys = [row.key for row in table.rows]
         good = [key for key in keys if self.checkpoints[key].verified is not False]
+        good.sort(key=lambda key: self.checkpoints[key].abandoned)  # stable: the newest of the live branch first
         wanted = self.start if self.start in keys else next(iter(good), None)
         view.styles.height = min(table_rows(self, 11), max(3, len(table.rows) + 1))
         view.put(table)
