@@ -22,7 +22,7 @@ from trainctl.wire.commands import (
     SetTunable,
     Stop,
 )
-from trainctl.wire.messages import Note, RolledBack, StateChanged
+from trainctl.wire.messages import LrState, Note, RolledBack, StateChanged
 
 ANSWER = {"schema", "id", "command", "run", "state", "step", "incarnation", "before", "after", "ranks", "reason"}
 
@@ -372,6 +372,23 @@ def test_a_rollback_is_shown_as_a_plan_first() -> None:
         assert "step-10" in problem["hint"]
         assert error("rollback", "last", "--lr-scale", "-1", "--dry-run", code=2)["code"] == "bad_request"
     assert script.commands == []
+
+
+def test_the_plan_tells_the_rate_that_will_be_in_force_or_that_it_is_not_known() -> None:
+    with hub() as running:
+        running.publish(rows(1, 30, lr=0.02, lr_scheduled=0.1))
+        make_checkpoint(running.info, "step-10", 10)
+        pinned = LrState(scheduled=0.1, effective=0.05, rule="pin", value=0.05)
+        running.set_state(lr=pinned, overrides={"lr": "= 0.05"})
+        assert answer("rollback", "last", "--dry-run")["lr_after"] == 0.05
+        assert (
+            "lr 0.05 → 0.05; what operators have set stays: lr = 0.05" in invoke("rollback", "last", "--dry-run").stdout
+        )
+        there = answer("rollback", "last", "--restore-overrides", "--dry-run")
+        assert there["lr_after"] == pytest.approx(0.02 + 0.011), "what that step was made with"
+        running.set_state(lr=LrState(scheduled=0.1, effective=0.05))
+        assert answer("rollback", "last", "--dry-run")["lr_after"] is None
+        assert "lr 0.05 → n/a" in invoke("rollback", "last", "--dry-run").stdout
 
 
 # --- bad input

@@ -160,6 +160,14 @@ def test_a_failed_checkpoint_is_no_checkpoint_and_a_verified_one_keeps_its_step(
     assert model.checkpoints == [expected]
 
 
+def test_the_newest_checkpoint_is_that_of_the_newest_incarnation_whatever_a_clock_says() -> None:
+    model = known(Clock())
+    for seq, (step, incarnation, time) in enumerate(((10, 1, 50.0), (20, 1, 60.0), (15, 2, 40.0)), start=1):
+        saved = CheckpointSaved(time=time, step=step, incarnation=incarnation, id=f"c{step}", bytes=7)
+        model.apply(envelope(saved, 5100.0, seq=seq))
+    assert [info.id for info in model.checkpoints] == ["c10", "c20", "c15"]
+
+
 def test_a_later_snapshot_keeps_the_events_that_it_no_longer_brings() -> None:
     model = known(Clock())
     model.apply(snapshot(events=[Note(time=5095.0, step=9, incarnation=1, actor="bob", text="second")]))

@@ -11,10 +11,12 @@ from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR
 
+from trainctl.trainer.figures import lr_state
 from trainctl.trainer.override_hooks import UNOBSERVED_BOUNDARIES, Watch
 from trainctl.trainer.override_rules import FIELDS, RELEASE
 from trainctl.trainer.overrides import Overrides
 from trainctl.wire.commands import LrRelease, LrScale, LrSet, SetTunable
+from trainctl.wire.messages import LrState
 
 STEPS, AT = 40, 13
 
@@ -126,6 +128,21 @@ def test_a_pinned_rate_ignores_the_schedule_until_it_is_released() -> None:
     assert overrides.scheduled_lr() == optimizer.param_groups[0]["lr"] == pytest.approx(0.1 * 0.9**3)
     overrides.release_lr()
     assert overrides.effective_lr() == overrides.scheduled_lr()
+
+
+def test_the_rule_behind_the_first_groups_rate_is_told() -> None:
+    parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    overrides = Overrides([torch.optim.SGD([{"params": [one]} for one in parameters], lr=0.1)])
+    free = LrState(scheduled=0.1, effective=0.1, rule="free")
+    assert lr_state(overrides, {}) == free
+    overrides.scale_lr(0.5)
+    overrides.set_lr(0.03, group=1)
+    assert lr_state(overrides, {}) == LrState(scheduled=0.1, effective=0.05, rule="scale", value=0.5)
+    overrides.set_lr(0.02, group=0)
+    assert lr_state(overrides, {}) == LrState(scheduled=0.1, effective=0.02, rule="pin", value=0.02)
+    overrides.release_lr(group=0)
+    assert lr_state(overrides, {}) == free, "its own rule wins"
+    assert lr_state(None, {"lr": 0.3}) == LrState(scheduled=0.3, effective=0.3), "nothing is known of a rule"
 
 
 def test_a_second_scale_replaces_the_first_because_both_are_relative_to_the_schedule() -> None:

@@ -100,7 +100,7 @@ def run_state(**changes: object) -> RunState:
         "since": time.time() - 840,
         "step": 5000,
         "step_time": time.time(),
-        "lr": LrState(scheduled=5.6e-4, effective=2.8e-4),
+        "lr": LrState(scheduled=5.6e-4, effective=2.8e-4, rule="scale", value=0.5),
         "steps_per_s": 1.18,
         "tokens_per_s": 1.24e6,
         "mfu": 0.41,

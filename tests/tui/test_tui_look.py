@@ -19,10 +19,18 @@ from trainctl.tui.plots import plots_for
 from trainctl.tui.ranks_panel import draw_ranks
 from trainctl.tui.small import draw_small_header
 from trainctl.tui.table import draw_table
-from trainctl.tui.tables import ranks_table
+from trainctl.tui.tables import checkpoints_table, ranks_table
 from trainctl.tui.theme import ASCII_SYMBOLS, Symbols, glyphs_here, look_for
 from trainctl.tui.tones import Tone
-from trainctl.wire.messages import Anomaly, CheckpointSaved, CommandUpdate, Output, RolledBack, StateChanged
+from trainctl.wire.messages import (
+    Anomaly,
+    CheckpointInfo,
+    CheckpointSaved,
+    CommandUpdate,
+    Output,
+    RolledBack,
+    StateChanged,
+)
 
 
 def model_of(**changes: object) -> RunModel:
@@ -178,6 +186,14 @@ def test_a_small_header_never_shows_half_a_number(width: int) -> None:
     assert words[0] == "step"
     assert words[1] in {"2,979", "2,979/100,000"}
     assert "3.0%" not in line or line.rstrip().endswith(" 3.0%") or line.rstrip().endswith("▏ 3.0%")
+
+
+def test_checkpoints_are_listed_in_the_runs_own_order_whatever_a_clock_says() -> None:
+    listed = [
+        CheckpointInfo(id=f"c{step}", step=step, time=time, bytes=1, incarnation=incarnation)
+        for step, incarnation, time in ((40, 1, 60.0), (30, 2, 50.0), (20, 1, 70.0))
+    ]
+    assert [row.key for row in checkpoints_table(model_of(), Symbols(), listed).rows] == ["c30", "c40", "c20"]
 
 
 @pytest.mark.parametrize("width", range(20, 140))

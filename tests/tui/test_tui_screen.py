@@ -37,6 +37,7 @@ from trainctl.wire.commands import (
     SetTunable,
     Stop,
 )
+from trainctl.wire.messages import LrState
 
 SIZES = [(40, 12), (60, 15), (80, 24), (100, 30), (120, 36), (180, 50), (200, 60)]
 LOOK = look_for(color_system="truecolor", no_color=False, glyphs="braille")
@@ -303,6 +304,16 @@ def test_rollback_shows_its_plan_and_only_y_does_it() -> None:
         assert cockpit.sent == [Rollback(target="step-00003000-1", skip_batches=40, lr_scale=0.5)]
 
     drive(scenario)
+
+
+def test_a_rate_that_is_set_stays_over_a_rollback() -> None:
+    pinned = LrState(scheduled=5.6e-4, effective=1e-5, rule="pin", value=1e-5)
+
+    async def scenario(cockpit: Cockpit) -> None:
+        await cockpit.press("R", "down", "down")
+        await cockpit.until("lr: 1.00e-5 → 1.00e-5")
+
+    drive(scenario, session=ScriptedSession(snapshot(state=run_state(lr=pinned))))
 
 
 def test_a_rollback_whose_cost_is_not_recorded_says_so_and_never_nothing() -> None:

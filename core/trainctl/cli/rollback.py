@@ -13,10 +13,12 @@ from trainctl.client.commanding import make_command
 from trainctl.client.errors import Rejected
 from trainctl.client.figures import duration, plain, scientific
 from trainctl.client.jsonable import dumps, jsonable
-from trainctl.client.rollback_plan import lost_work, lr_after, scheduled_after
+from trainctl.client.rollback_plan import lost_work
+from trainctl.client.rollback_rate import lr_after, rate_then
 from trainctl.client.session import Session
 from trainctl.wire.commands import Rollback
 from trainctl.wire.manifest import resized_words
+from trainctl.wire.save_order import next_older
 
 
 class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,8 +51,9 @@ class RollbackPlan(msgspec.Struct, frozen=True, kw_only=True):
         took = f"{duration(self.time_lost_s)} of training, " if self.time_lost_s else ""
         words += f" ({took}{self.hours_lost})" if self.steps_lost != 0 else ""
         words += f", then {self.skip_batches} batches are skipped" if self.skip_batches else ""
-        if self.lr_now is not None and self.lr_after is not None:
-            words += f", lr {scientific(self.lr_now)} → {scientific(self.lr_after)}"
+        if self.lr_now is not None:
+            after = "n/a" if self.lr_after is None else scientific(self.lr_after)
+            words += f", lr {scientific(self.lr_now)} → {after}"
         if self.restore_overrides:
             words += "; what operators had set then comes back"
             words += f", and this goes: {self._set()}" if self.overrides else ""
@@ -104,17 +107,20 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
     found = (await session.checkpoints()).checkpoints
     info = picked(found, action.target, model)
     if info.verified is False and not info.in_memory:
-        older = [other for other in found if other.time < info.time and other.verified is not False]
+        older = next_older(found, info.id, info.time)
         raise Rejected(
             f"checkpoint {info.id} is damaged; nothing was done",
-            f"the next older one is {older[-1].id} at step {older[-1].step}" if older else "there is no older one",
+            f"the next older one is {older.id} at step {older.step}" if older else "there is no older one",
         )
     state = model.state
     assert state is not None
     lost = await lost_work(session, info, found)
-    after = None
-    if not action.restore_overrides:
-        after = lr_after(state.lr, await scheduled_after(session, info), action.lr_scale)
+    after = lr_after(
+        state.lr,
+        await rate_then(session, info),
+        lr_scale=action.lr_scale,
+        restore_overrides=action.restore_overrides,
+    )
     return RollbackPlan(
         run=model.name,
         target=action.target,

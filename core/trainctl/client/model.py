@@ -39,6 +39,7 @@ from trainctl.wire.messages import (
     Snapshot,
     StateChanged,
 )
+from trainctl.wire.save_order import order_of
 
 EVENTS_KEPT = 2000
 
@@ -223,7 +224,7 @@ class RunModel:
             note=saved.note or (before.note if before else None),
             in_memory=before.in_memory if before else False,
         )
-        self.checkpoints = sorted(known.values(), key=lambda info: (info.time, info.id))
+        self.checkpoints = sorted(known.values(), key=order_of)
 
     # --- asking
 

@@ -1,4 +1,4 @@
-"""What a rollback would leave behind (how many steps, how long they took, on how many devices), and the rate after it.
+"""What a rollback would leave behind: how many steps, how long they took, on how many devices.
 
 A step's time is the metric `step_time_s` that each step's mark brings. It is measured between boundaries, so what
 happens at one (a pause, a command, the copying of a checkpoint) is not in it.
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from trainctl.client.figures import two_decimals
 from trainctl.client.session import Session
 from trainctl.wire.lineage import Branch, live_steps
-from trainctl.wire.messages import CheckpointInfo, Event, LrState, RankFigures, RolledBack, StateChanged
+from trainctl.wire.messages import CheckpointInfo, Event, RankFigures, RolledBack, StateChanged
 
 if TYPE_CHECKING:
     from trainctl.client.points import Points
@@ -74,28 +74,6 @@ async def lost_work(session: Session, target: CheckpointInfo, known: Sequence[Ch
         if complete
         else None,
     )
-
-
-async def scheduled_after(session: Session, target: CheckpointInfo) -> float | None:
-    """What the schedule gave for the first step behind a target; None where that is not recorded.
-
-    Raises `ClientError`.
-    """
-    found = await session.history(["lr_scheduled"], from_step=max(0, target.step - 1), to_step=target.step + 1)
-    points = found.get("lr_scheduled")
-    if points is None or not len(points):
-        return None
-    at = int(abs(points.columns["step"] - (target.step + 1)).argmin())
-    return float(points.columns["value"][at])
-
-
-def lr_after(now: LrState, scheduled: float | None, lr_scale: float | None) -> float | None:
-    """The effective rate behind the target: the schedule there × the factor asked for, or × what operators have set."""
-    if scheduled is None or now.effective is None:
-        return None
-    if lr_scale is not None:
-        return scheduled * lr_scale
-    return scheduled * (now.effective / now.scheduled) if now.scheduled else None
 
 
 def _seconds(points: "Points") -> dict[int, tuple[int, float]]:

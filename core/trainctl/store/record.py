@@ -34,7 +34,6 @@ from trainctl.wire.messages import (
     History,
     HistoryRequest,
     LastValue,
-    LrState,
     NodeReading,
     RankFigures,
     Ranks,
@@ -190,7 +189,9 @@ class RunRecord:
             step_time=at,
             incarnation=incarnation,
             attempt=max(self.state.attempt, attempt),
-            lr=LrState(scheduled=lr.get("lr_scheduled", lr["lr"]), effective=lr["lr"]) if "lr" in lr else self.state.lr,
+            lr=msgspec.structs.replace(self.state.lr, scheduled=lr.get("lr_scheduled", lr["lr"]), effective=lr["lr"])
+            if "lr" in lr
+            else self.state.lr,
         )
 
     def _apply_event(self, event: Event) -> None:

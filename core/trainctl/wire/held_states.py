@@ -9,6 +9,7 @@ from trainctl.wire.lineage import live_steps, read_branches
 from trainctl.wire.manifest import list_checkpoints
 from trainctl.wire.messages import CheckpointInfo
 from trainctl.wire.rundir import RunDir
+from trainctl.wire.save_order import order_of
 
 
 def list_with_memory(checkpoints: Path, in_memory: Sequence[CheckpointInfo]) -> list[CheckpointInfo]:
@@ -24,4 +25,4 @@ def list_with_memory(checkpoints: Path, in_memory: Sequence[CheckpointInfo]) -> 
         for info in only:
             abandoned = bool(live) and info.step > live.get(info.incarnation, -1)
             found.append(msgspec.structs.replace(info, where="memory", in_memory=True, abandoned=abandoned))
-    return sorted(found, key=lambda info: (info.time, info.id))
+    return sorted(found, key=order_of)

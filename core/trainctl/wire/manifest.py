@@ -23,6 +23,7 @@ import msgspec
 from trainctl.wire.lineage import live_steps, read_branches
 from trainctl.wire.messages import BestBy, CheckpointInfo
 from trainctl.wire.rundir import RunDir, fsync_dir, write_atomic
+from trainctl.wire.save_order import order_of
 from trainctl.wire.vouched import NotOurs, is_inside, open_ours
 
 MANIFEST = "MANIFEST.json"
@@ -185,7 +186,7 @@ def pin(directory: Path, *, pinned: bool) -> None:
 
 
 def list_checkpoints(checkpoints: Path) -> list[CheckpointInfo]:
-    """All checkpoints that have a readable manifest, oldest first; stage directories (`.ID.stage`) are left out."""
+    """All checkpoints that have a readable manifest, oldest first (`save_order`); stage directories are left out."""
     found = []
     try:
         entries = sorted(checkpoints.iterdir())
@@ -199,7 +200,7 @@ def list_checkpoints(checkpoints: Path) -> list[CheckpointInfo]:
             manifest = read_manifest(directory)
             abandoned = bool(live) and manifest.step > live.get(manifest.incarnation, -1)
             found.append(_info(directory, manifest, abandoned=abandoned))
-    return sorted(found, key=lambda info: (info.time, info.id))
+    return sorted(found, key=order_of)
 
 
 def unreadable(checkpoints: Path) -> list[tuple[str, float, str]]:

@@ -317,8 +317,12 @@ class Envelope(Message, frozen=True, kw_only=True):
 
 
 class LrState(Message, frozen=True, kw_only=True):
+    """The first group's. `rule`: how what is set makes the one of the other, with `value` as factor or rate."""
+
     scheduled: float | None = None
     effective: float | None = None
+    rule: Literal["free", "scale", "pin"] | None = None  # None: not told
+    value: float | None = None
 
 
 class RunState(Message, frozen=True, kw_only=True):

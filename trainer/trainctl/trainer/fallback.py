@@ -6,13 +6,14 @@ from pathlib import Path
 from trainctl.trainer.core import Core
 from trainctl.wire.manifest import list_checkpoints, pick, unreadable
 from trainctl.wire.messages import BestBy
+from trainctl.wire.save_order import order_of, precedes
 
 _LAST = {None, "", "1", "last"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Damaged:
-    """A checkpoint that was found to be damaged before this start. `time`: when it was written, Unix seconds."""
+    """A checkpoint that was found to be damaged before this start. `time`: when it was last changed, Unix seconds."""
 
     id: str
     time: float
@@ -53,15 +54,26 @@ def tell(core: Core, taken: str, failed: dict[str, str], known: list[Damaged]) -
     """Say what was passed over, to the log and to the operator: what failed now, and what was damaged and is newer."""
     if not core.place.leads or core.checkpointer is None:
         return
-    directory = core.checkpointer.directory
-    written = {info.id: info.time for info in list_checkpoints(directory)}.get(taken, 0.0)
-    newer = {damaged.id: damaged.reason for damaged in known if damaged.id != taken and damaged.time > written}
-    for checkpoint, reason in (newer | failed).items():
+    for checkpoint, reason in (newer_than(core.checkpointer.directory, taken, known) | failed).items():
         core.complain(
             "resume",
             f"checkpoint {checkpoint} cannot be resumed from: {_short(reason)}. Resumed from {taken} instead, at step "
             f"{core.boundary.completed}",
         )
+
+
+def newer_than(checkpoints: Path, taken: str, known: list[Damaged]) -> dict[str, str]:
+    """Of the damaged ones those that are newer than the one taken, with the reason. Reads the directory."""
+    listed = {info.id: info for info in list_checkpoints(checkpoints)}
+
+    def newer(damaged: Damaged) -> bool:
+        if damaged.id == taken or taken not in listed:
+            return damaged.id != taken
+        if damaged.id in listed:
+            return order_of(listed[damaged.id]) > order_of(listed[taken])
+        return precedes(listed[taken], damaged.id, damaged.time)
+
+    return {damaged.id: damaged.reason for damaged in known if newer(damaged)}
 
 
 def none_left(failed: dict[str, str], known: list[Damaged]) -> str:

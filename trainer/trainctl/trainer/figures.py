@@ -4,14 +4,17 @@ import contextlib
 import os
 import time
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import torch
 
 from trainctl.trainer import steering
 from trainctl.trainer.buffer import StepMark
 from trainctl.trainer.core import Core
+from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.tally import Tally
 from trainctl.wire.messages import LrState, RankFigures, RunState
 
@@ -125,20 +128,25 @@ def lost_here(core: Core) -> dict[str, int]:
     }
 
 
+def lr_state(overrides: Overrides | None, logged: Mapping[str, float]) -> LrState:
+    """The first group's rate and its rule; `logged` is what is known of a rate that lies on a device, or of none."""
+    rule = overrides.lr_rule() if overrides is not None else None
+    if overrides is not None and not overrides.on_device:
+        known = LrState(scheduled=overrides.scheduled_lr(), effective=overrides.effective_lr())
+    else:
+        effective = logged.get("lr")
+        known = LrState(scheduled=logged.get("lr_scheduled", effective), effective=effective)
+    if rule is None:
+        return known
+    return msgspec.structs.replace(known, rule=rule.kind, value=None if rule.kind == "free" else rule.value)
+
+
 def run_state(
     core: Core, pace: Pace, tally: Tally, *, since: float, step_time: float, dropped: dict[str, int]
 ) -> RunState:
     """What is true of the run now, as rank 0 sees it."""
     rates = pace.rates(time.time())
-    overrides, hold = core.overrides, core.hold
-    lr = (
-        LrState(scheduled=overrides.scheduled_lr(), effective=overrides.effective_lr())
-        if overrides is not None and not overrides.on_device
-        else LrState(
-            scheduled=core.last_metrics.get("lr_scheduled", core.last_metrics.get("lr")),
-            effective=core.last_metrics.get("lr"),
-        )
-    )
+    hold = core.hold
     return RunState(
         state=core.state(),
         since=since,
@@ -147,7 +155,7 @@ def run_state(
         total_steps=core.total_steps,
         incarnation=core.incarnation,
         attempt=core.identity.attempt,
-        lr=lr,
+        lr=lr_state(core.overrides, core.last_metrics),
         steps_per_s=rates.steps_per_s,
         tokens_per_s=rates.tokens_per_s,
         samples_per_s=rates.samples_per_s,

@@ -178,6 +178,10 @@ class Overrides:
         """The LR that the next step will use. Raises IndexError for a group that does not exist."""
         return self.effective(LR, group)
 
+    def lr_rule(self) -> Rule:
+        """What is set for the first group's LR, by itself or for all groups."""
+        return self._rule(LR, self._place(0)) or FREE
+
     def effective(self, name: str, group: int | None = None) -> float:
         """What the next step will use; without `group` that of the first which has it and takes what is set for all.
 

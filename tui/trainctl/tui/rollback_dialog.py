@@ -6,7 +6,8 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from trainctl.client.errors import ClientError
-from trainctl.client.rollback_plan import LostWork, lost_work, lr_after, scheduled_after
+from trainctl.client.rollback_plan import LostWork, lost_work
+from trainctl.client.rollback_rate import RateThen, lr_after, rate_then
 from trainctl.client.session import Session
 from trainctl.tui import figures
 from trainctl.tui.dialog import Dialog, NumberField, Wish, field_row
@@ -39,7 +40,7 @@ class RollbackDialog(Dialog):
         self.start = start
         # By checkpoint, as it was when it was first looked at.
         self._lost: dict[str, LostWork] = {}
-        self._scheduled: dict[str, float | None] = {}
+        self._rate_then: dict[str, RateThen] = {}
 
     def body(self) -> Iterable[Widget]:
         yield TableView(self.look, id="choose")
@@ -53,6 +54,7 @@ class RollbackDialog(Dialog):
         table = checkpoints_table(self.model, self.look.symbols, list(self.checkpoints.values()))
         keys = [row.key for row in table.rows]
         good = [key for key in keys if self.checkpoints[key].verified is not False]
+        good.sort(key=lambda key: self.checkpoints[key].abandoned)  # stable: the newest of the live branch first
         wanted = self.start if self.start in keys else next(iter(good), None)
         view.styles.height = min(table_rows(self, 11), max(3, len(table.rows) + 1))
         view.put(table)
@@ -107,7 +109,7 @@ class RollbackDialog(Dialog):
     async def _look_up(self, chosen: CheckpointInfo) -> None:
         """How long the steps took that would be lost, and the rate then: the run's history knows."""
         try:
-            self._scheduled[chosen.id] = await scheduled_after(self.session, chosen)
+            self._rate_then[chosen.id] = await rate_then(self.session, chosen)
             self._lost[chosen.id] = await lost_work(self.session, chosen, list(self.checkpoints.values()))
         except ClientError:
             since = max(0, self.model.state.step - chosen.step) if self.model.state and not chosen.abandoned else None
@@ -129,7 +131,8 @@ class RollbackDialog(Dialog):
         factor = f" {self.look.symbols.times}{scale:g}" if scale != 1 else ""
         if lr is None or lr.effective is None:
             return [f"lr{factor}"] if factor else []
-        after = lr_after(lr, self._scheduled.get(chosen.id), None if scale == 1 else scale)
+        then = self._rate_then.get(chosen.id, RateThen())
+        after = lr_after(lr, then, lr_scale=None if scale == 1 else scale)
         arrow = self.look.symbols.arrow
         return [f"lr{factor}: {figures.learning_rate(lr.effective)} {arrow} {figures.learning_rate(after)}"]
 

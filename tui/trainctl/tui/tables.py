@@ -15,6 +15,7 @@ from trainctl.tui.table import Column, Row, Table
 from trainctl.tui.theme import Symbols
 from trainctl.tui.tones import Tone
 from trainctl.wire.messages import CheckpointInfo, Tunable
+from trainctl.wire.save_order import order_of
 
 
 def _right(title: str, width: int = 0, *, worth: int = 1) -> Column:
@@ -155,7 +156,7 @@ def checkpoints_table(
         Column(title="id", worth=0),
         Column(title="note", width=-1),
     )
-    newest_first = sorted(checkpoints, key=lambda info: (info.time, info.id), reverse=True)
+    newest_first = sorted(checkpoints, key=order_of, reverse=True)
     rows = [
         Row(
             key=info.id,

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +35,7 @@ from trainctl.wire.manifest import (
     remember_check,
     verify,
 )
+from trainctl.wire.save_order import next_older
 
 _OPTIMIZER_STATE = re.compile(r"^optimizer\.(\d+)\.state\.(\d+)\.")
 _TRY_AGAIN = "nothing was changed; it may be whole: try again, or take an older one (trainctl checkpoint ls)"
@@ -150,13 +152,11 @@ def _verified(path: Path, checkpoint_id: str, ranks: Ranks) -> Manifest:
 def _older(path: Path) -> str:
     """The next older checkpoint that may be whole, for the operator's next try."""
     known = list_checkpoints(path.parent)
-    written = next((info.time for info in known if info.id == path.name), None)
-    if written is None:  # its manifest is damaged, which was the last thing to come into the directory
-        with contextlib.suppress(OSError):
-            written = path.stat().st_mtime
-    older = [info for info in known if info.verified is not False and not info.abandoned and info.id != path.name]
-    older = [info for info in older if written is None or info.time < written]
-    return f": the next older one is {older[-1].id} (step {older[-1].step})" if older else ""
+    changed = math.inf
+    with contextlib.suppress(OSError):  # where its manifest is damaged: that was the last thing to come into it
+        changed = path.stat().st_mtime
+    older = next_older(known, path.name, changed)
+    return f": the next older one is {older.id} (step {older.step})" if older else ""
 
 
 def _read_whole(path: Path, manifest: Manifest, ranks: Ranks, state: State, live: Captured) -> Loaded:
