@@ -43,6 +43,7 @@ from trainctl.trainer.identity import RunIdentity, job_id, rank_identity, share_
 from trainctl.trainer.leader import Leader, Prepared
 from trainctl.trainer.link import HubProcess, Link, keep_bytes
 from trainctl.trainer.meeting import Connection, Meeting, StoreSilent
+from trainctl.trainer.on_the_way import cannot_be_meant
 from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
 from trainctl.trainer.preemption import Preemption, Signalled
@@ -369,6 +370,8 @@ def prepare(core: Core, command: Command) -> Prepared | str:
         return str(able)
     if core.boundary.closed or core.ending is not None:
         return "the run is ending: there is no further boundary"
+    if isinstance(action, Rollback) and (slip := cannot_be_meant(core, action)) is not None:
+        return slip
     if not isinstance(action, Rollback):
         tried = isinstance(action, SetTunable) and core.tunables.may_raise(action.name)
         return Prepared(two_phase=in_two_phases(command) or tried)  # what may fail, too

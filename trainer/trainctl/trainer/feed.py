@@ -37,6 +37,10 @@ class Stand:
     reused: bool | None = None  # whether the epoch was opened with workers that were there already
 
 
+def go_on() -> None:
+    """What is called between two micro-batches where nobody has anything to do then."""
+
+
 def among(count: int, before: int, now: int) -> tuple[int, bool]:
     """How many micro-batches a rank stands at when `before` ranks had seen `count` each and there are `now` ranks.
 
@@ -121,8 +125,8 @@ class Feed:
             self.index, _ = among(self.index, before, self._world_size)
         self._iterator, self._restored = None, state
 
-    def reopen(self) -> None:
-        """After `load_state_dict`: make the iterator anew.
+    def reopen(self, between: Callable[[], None] = go_on) -> None:
+        """After `load_state_dict`: make the iterator anew, calling `between` before each micro-batch that is read.
 
         Draws random numbers, so the checkpoint's own random state is restored after this. The loader's own generators
         are the checkpoint's then, unless it was of another number of ranks: those belong to one rank each.
@@ -132,19 +136,24 @@ class Feed:
             return
         same_ranks = int(state.get("world_size", self._world_size)) == self._world_size
         if state["opened"] and not same_ranks:
-            self._replay(None)
+            self._replay(None, between=between)
         elif state["opened"] and "loader" in state:
             self._loader.load_state_dict(state["loader"])
             self._open()
         elif state["opened"]:
-            self._replay(state["rng"], state.get("drawn_before", []), reused=state.get("reused"))
+            before = state.get("drawn_before", [])
+            self._replay(state["rng"], before, reused=state.get("reused"), between=between)
         if same_ranks:
             self._draw_from(state.get("drawn", []))
 
-    def skip(self, count: int) -> None:
-        """Pass over so many micro-batches. An epoch that begins meanwhile may draw its order: the random state should
-        be the one in which training would have begun it."""
+    def skip(self, count: int, between: Callable[[], None] = go_on) -> None:
+        """Pass over so many micro-batches, calling `between` before each.
+
+        An epoch that begins meanwhile may draw its order: the random state should be the one in which training would
+        have begun it.
+        """
         for _ in range(count):
+            between()
             self.next()
 
     def stand(self) -> Stand:
@@ -209,7 +218,12 @@ class Feed:
         return self._persistent and getattr(self._loader, "_iterator", None) is not None
 
     def _replay(
-        self, rng: Rng | None, drawn_before: Sequence[torch.Tensor] = (), *, reused: bool | None = None
+        self,
+        rng: Rng | None,
+        drawn_before: Sequence[torch.Tensor] = (),
+        *,
+        reused: bool | None = None,
+        between: Callable[[], None] = go_on,
     ) -> None:
         """Open the epoch and take from it what was seen of it, with the random state that its order was drawn from.
 
@@ -226,6 +240,7 @@ class Feed:
         seen, index, epoch, self.batch = self.batch, self.index, self.epoch, 0
         self._open()
         for _ in range(seen):
+            between()
             self.next()
             if self.epoch != epoch:
                 self.batch, self._iterator = 0, None  # taken from the next epoch, which begins anew
