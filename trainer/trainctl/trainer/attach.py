@@ -24,7 +24,6 @@ from trainctl.trainer.checkpoint import (
     Accessor,
     Checkpointer,
     CheckpointError,
-    Loaded,
     Retention,
     State,
 )
@@ -48,6 +47,7 @@ from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
 from trainctl.trainer.preemption import Preemption, Signalled
 from trainctl.trainer.reach import Reach
+from trainctl.trainer.resumed import Resumed
 from trainctl.trainer.rolling_back import begin_branch, position
 from trainctl.trainer.sender import Sender
 from trainctl.trainer.tunables import Tunables
@@ -433,8 +433,9 @@ def resume(core: Core, group: Any) -> int | None:
             failed[checkpoint] = str(error)
             continue
         core.checkpointer.commit(loaded, restore_overrides=newest is None)
-        tell_notes(core, loaded)
         core.resumed_from, core.resumed_tunables = checkpoint, loaded.tunables
+        core.resumed = Resumed(core, loaded)
+        core.resumed.tell_notes()
         if newest is not None:
             steering.put(core, newest)
         step = position(core, loaded, tell=False)
@@ -448,14 +449,6 @@ def resume(core: Core, group: Any) -> int | None:
         core.reverts.rewound(0)
     begin_branch(core)
     return None
-
-
-def tell_notes(core: Core, loaded: Loaded) -> None:
-    """What is not as it was, to the log and to the operator."""
-    if core.place.leads:
-        for text in loaded.notes:
-            log.warning("trainctl: resumed from %s: %s", loaded.id, text)
-            core.note("resume", f"{loaded.id}: {text}")
 
 
 def _newest(core: Core) -> steering.Steering | None:
