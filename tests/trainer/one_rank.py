@@ -40,6 +40,9 @@ class AloneInAgreement:
         armed.on(RankEvent.ALL)
         return True
 
+    def called_off(self, armed: Armed) -> bool:
+        return False
+
     def staged(self, armed: Armed, told: Outcome) -> bool:
         armed.stage()
         armed.judge(verdict_on([told]))

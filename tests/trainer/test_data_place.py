@@ -99,7 +99,7 @@ LOADERS = {
 }
 
 
-@pytest.mark.parametrize("live", [LIVE, 2 * BATCHES], ids=["in an epoch", "at the end of one"])
+@pytest.mark.parametrize("live", [SAVED + 1, LIVE, 2 * BATCHES], ids=["in the first epoch", "in another", "at its end"])
 @pytest.mark.parametrize("name", LOADERS)
 def test_where_another_rank_cannot_the_data_and_the_random_numbers_go_on_as_if_nobody_had_asked(
     name: str, live: int

@@ -19,6 +19,7 @@ from trainctl.trainer.data_place import DataPlace, DataUnreadable, move_back, mo
 from trainctl.trainer.evaluated import Evaluated, put_back, survey_of, survives
 from trainctl.trainer.evaluation import evaluate
 from trainctl.trainer.gathering import not_all_came
+from trainctl.trainer.on_the_way import CalledOff, Reading
 from trainctl.trainer.outcomes import update_of
 from trainctl.trainer.preemption import Signalled, heard_while_paused
 from trainctl.trainer.rolling_back import roll_back
@@ -181,7 +182,7 @@ class Actions:
             self._evaluated.close(timeout_s)
 
     def _two_phases(self, armed: Armed) -> Outcome:
-        staged = self._stage(armed.proposal)
+        staged = self._stage(armed)
         told = Outcome(
             ok=staged.problem is None,
             step=self._core.boundary.completed,
@@ -202,8 +203,8 @@ class Actions:
             self._changes.keep(undo, armed.proposal.command.id, verdict)
         return msgspec.structs.replace(told, ok=False)
 
-    def _stage(self, proposal: Proposal) -> Staged:
-        core = self._core
+    def _stage(self, armed: Armed) -> Staged:
+        core, proposal = self._core, armed.proposal
         loaded, data = None, None
         expired = core.place.leads and proposal.expires_at is not None and time.time() > proposal.expires_at
         if isinstance(proposal.command.action, Rollback) and proposal.undo is None:
@@ -214,9 +215,17 @@ class Actions:
                 # A collective, so every rank comes here, whatever rank 0 will find of the condition.
                 loaded = core.checkpointer.load(proposal.checkpoint)
                 if core.feed is not None:
-                    data = move_data(core.feed, loaded, skip=proposal.command.action.skip_batches)
+                    skip = proposal.command.action.skip_batches
+                    reading = Reading(
+                        skip,
+                        called_off=lambda: self._control.called_off(armed),
+                        tell=lambda text: core.note("rollback", text),
+                    )
+                    data = move_data(core.feed, loaded, skip=skip, between=reading)
             except (CheckpointError, DataUnreadable) as error:
                 return Staged(problem=f"{error}")
+            except CalledOff as why:
+                return Staged(problem=f"{why}", declined=True)
             finally:
                 core.doing = None
         if expired:

@@ -24,7 +24,6 @@ from trainctl.trainer.checkpoint import (
     Accessor,
     Checkpointer,
     CheckpointError,
-    Loaded,
     Retention,
     State,
 )
@@ -43,10 +42,12 @@ from trainctl.trainer.identity import RunIdentity, job_id, rank_identity, share_
 from trainctl.trainer.leader import Leader, Prepared
 from trainctl.trainer.link import HubProcess, Link, keep_bytes
 from trainctl.trainer.meeting import Connection, Meeting, StoreSilent
+from trainctl.trainer.on_the_way import cannot_be_meant
 from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
 from trainctl.trainer.preemption import Preemption, Signalled
 from trainctl.trainer.reach import Reach
+from trainctl.trainer.resumed import Resumed
 from trainctl.trainer.rolling_back import begin_branch, position
 from trainctl.trainer.sender import Sender
 from trainctl.trainer.tunables import Tunables
@@ -369,6 +370,8 @@ def prepare(core: Core, command: Command) -> Prepared | str:
         return str(able)
     if core.boundary.closed or core.ending is not None:
         return "the run is ending: there is no further boundary"
+    if isinstance(action, Rollback) and (slip := cannot_be_meant(core, action)) is not None:
+        return slip
     if not isinstance(action, Rollback):
         tried = isinstance(action, SetTunable) and core.tunables.may_raise(action.name)
         return Prepared(two_phase=in_two_phases(command) or tried)  # what may fail, too
@@ -430,8 +433,9 @@ def resume(core: Core, group: Any) -> int | None:
             failed[checkpoint] = str(error)
             continue
         core.checkpointer.commit(loaded, restore_overrides=newest is None)
-        tell_notes(core, loaded)
         core.resumed_from, core.resumed_tunables = checkpoint, loaded.tunables
+        core.resumed = Resumed(core, loaded)
+        core.resumed.tell_notes()
         if newest is not None:
             steering.put(core, newest)
         step = position(core, loaded, tell=False)
@@ -445,14 +449,6 @@ def resume(core: Core, group: Any) -> int | None:
         core.reverts.rewound(0)
     begin_branch(core)
     return None
-
-
-def tell_notes(core: Core, loaded: Loaded) -> None:
-    """What is not as it was, to the log and to the operator."""
-    if core.place.leads:
-        for text in loaded.notes:
-            log.warning("trainctl: resumed from %s: %s", loaded.id, text)
-            core.note("resume", f"{loaded.id}: {text}")
 
 
 def _newest(core: Core) -> steering.Steering | None:

@@ -271,6 +271,12 @@ class Control(threading.Thread):
             raise InDoubt(silent) from armed.doubt
         return armed.verdict == COMMIT
 
+    def called_off(self, armed: Armed) -> bool:
+        """Whether what this rank still prepares was withdrawn meanwhile. A store that is silent withdraws nothing."""
+        found: list[bool] = []
+        self._comes_back(lambda: found.append(self.has([f"c/{armed.proposal.number}"])), DOUBT_S)
+        return found == [True]
+
     def _learns_the_verdict(self, armed: Armed) -> bool:
         """Wait for it; false where the store is silent.
 

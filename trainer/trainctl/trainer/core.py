@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -23,6 +23,9 @@ from trainctl.trainer.reverts import Reverts
 from trainctl.trainer.tunables import Tunables
 from trainctl.wire.commands import Command
 from trainctl.wire.messages import Anomaly, BestBy, Event, Note, RankPlace, RunStateName, Severity, Trouble
+
+if TYPE_CHECKING:
+    from trainctl.trainer.resumed import Resumed
 
 log = logging.getLogger(__name__)
 
@@ -118,6 +121,7 @@ class Core:
     row_step: int = 1
     first_step: int = 0
     resumed_from: str | None = None
+    resumed: "Resumed | None" = None  # until the loop begins
     resumed_tunables: dict[str, Any] = field(default_factory=dict)
     waiting_tunables: dict[str, Any] = field(default_factory=dict)  # set by operators of an earlier attempt
     steps_s: float = 0.0  # what all steps so far took together

@@ -4,13 +4,14 @@ Reading may fail, and a rollback may not fail once the ranks agreed on it: so th
 is read, while the ranks still prepare. Until all of them are ready, each keeps the way back.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from trainctl.trainer.checkpoint import Loaded
 from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
-from trainctl.trainer.feed import Feed, Stand
+from trainctl.trainer.feed import Feed, Stand, go_on
+from trainctl.trainer.on_the_way import CalledOff
 
 
 class DataUnreadable(Exception):
@@ -25,23 +26,25 @@ class DataPlace:
     after: Stand = field(repr=False)
 
 
-def open_data(feed: Feed, loaded: Loaded, *, skip: int = 0) -> None:
+def open_data(feed: Feed, loaded: Loaded, *, skip: int = 0, between: Callable[[], None] = go_on) -> None:
     """Open the data where `feed.load_state_dict` put them, and pass over `skip` micro-batches.
 
-    Leaves the generators as the checkpoint's, or where they are another number of ranks' as they were.
+    Calls `between` before each that is read. Leaves the generators as the checkpoint's, or where they are another
+    number of ranks' as they were.
     """
     own = None if loaded.same_ranks else capture_rng()
-    feed.reopen()
+    feed.reopen(between)
     for left_out in (skip, 0):
         # The replay drew from the generators, and so does an epoch that begins among what is skipped.
         restore_rng(own) if own is not None else loaded.restore_rng()
-        feed.skip(left_out)
+        feed.skip(left_out, between)
 
 
-def move_data(feed: Feed, loaded: Loaded, *, skip: int) -> DataPlace:
+def move_data(feed: Feed, loaded: Loaded, *, skip: int, between: Callable[[], None] = go_on) -> DataPlace:
     """Go to the checkpoint's place and `skip` micro-batches on. No random state is changed.
 
-    Raises DataUnreadable, and RuntimeError where the loader cannot even be put back.
+    Raises DataUnreadable, CalledOff where `between` does, which is called before each micro-batch that is read, and
+    RuntimeError where the loader cannot even be put back.
     """
     with _random_state_kept():
         before: Stand | None = None
@@ -50,8 +53,12 @@ def move_data(feed: Feed, loaded: Loaded, *, skip: int) -> DataPlace:
             state = loaded.value("loader")
             if state is not None:
                 feed.load_state_dict(state)
-            open_data(feed, loaded, skip=skip)
+            open_data(feed, loaded, skip=skip, between=between)
             return DataPlace(before=before, after=feed.stand())
+        except CalledOff:
+            if before is not None:
+                _go_back(feed, before)
+            raise
         # A loader of the script's may raise anything.
         except Exception as error:
             if before is not None:

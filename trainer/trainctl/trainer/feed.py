@@ -2,7 +2,8 @@
 
 Exact for data that depend on the index alone. A loader with `state_dict` restores itself. A plain DataLoader is
 replayed: the random state in which the epoch's iterator was made is restored, the iterator is made anew, and as many
-batches are taken from it as the checkpoint had seen.
+batches are taken from it as the checkpoint had seen. To that state belong the generators that the loader was given
+(`DataLoader(…, generator=…)`): they go on from epoch to epoch, and nothing else keeps them.
 
 With another number of ranks than the checkpoint's, what all ranks together had seen of the epoch is divided among the
 ranks of now (`among`), and the epoch is opened anew by its number and replayed so far: a loader's own state counts what
@@ -10,7 +11,7 @@ one rank of the old job did, and belongs to none of the new ones.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +34,11 @@ class Stand:
     loader: dict[str, Any] | None = field(default=None, repr=False)  # the loader's own state
     drawn: list[torch.Tensor] = field(default_factory=list, repr=False)  # of the loader's own generators, now
     drawn_before: list[torch.Tensor] = field(default_factory=list, repr=False)  # and when the epoch was opened
+    reused: bool | None = None  # whether the epoch was opened with workers that were there already
+
+
+def go_on() -> None:
+    """What is called between two micro-batches where nobody has anything to do then."""
 
 
 def among(count: int, before: int, now: int) -> tuple[int, bool]:
@@ -71,6 +77,7 @@ class Feed:
         self._opens = 0
         self._last_set: int | None = None
         self._drawn_before: list[torch.Tensor] = []
+        self._reused: bool | None = None
         self.epoch = 0
         self.batch = 0
         self.index = 0
@@ -97,12 +104,15 @@ class Feed:
         state: dict[str, Any] = {"epoch": self.epoch, "batch": self.batch, "index": self.index}
         state["opened"] = self._iterator is not None
         state["world_size"] = self._world_size
+        state["drawn"] = [generator.get_state() for generator in self._generators()]
         if self._iterator is None:
             return state
         if self._keeps_state:
             state["loader"] = self._loader.state_dict()
         else:
             state["rng"] = self._opened_with
+            state["drawn_before"] = self._drawn_before
+            state["reused"] = self._reused
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -115,25 +125,35 @@ class Feed:
             self.index, _ = among(self.index, before, self._world_size)
         self._iterator, self._restored = None, state
 
-    def reopen(self) -> None:
-        """After `load_state_dict`: make the iterator anew.
+    def reopen(self, between: Callable[[], None] = go_on) -> None:
+        """After `load_state_dict`: make the iterator anew, calling `between` before each micro-batch that is read.
 
-        Draws random numbers, so the checkpoint's own random state is restored after this.
+        Draws random numbers, so the checkpoint's own random state is restored after this. The loader's own generators
+        are the checkpoint's then, unless it was of another number of ranks: those belong to one rank each.
         """
         state, self._restored = self._restored, None
-        if state is not None and state["opened"]:
-            if int(state.get("world_size", self._world_size)) != self._world_size:
-                self._replay(None)
-            elif "loader" in state:
-                self._loader.load_state_dict(state["loader"])
-                self._open()
-            else:
-                self._replay(state["rng"])
+        if state is None:
+            return
+        same_ranks = int(state.get("world_size", self._world_size)) == self._world_size
+        if state["opened"] and not same_ranks:
+            self._replay(None, between=between)
+        elif state["opened"] and "loader" in state:
+            self._loader.load_state_dict(state["loader"])
+            self._open()
+        elif state["opened"]:
+            before = state.get("drawn_before", [])
+            self._replay(state["rng"], before, reused=state.get("reused"), between=between)
+        if same_ranks:
+            self._draw_from(state.get("drawn", []))
 
-    def skip(self, count: int) -> None:
-        """Pass over so many micro-batches. An epoch that begins meanwhile may draw its order: the random state should
-        be the one in which training would have begun it."""
+    def skip(self, count: int, between: Callable[[], None] = go_on) -> None:
+        """Pass over so many micro-batches, calling `between` before each.
+
+        An epoch that begins meanwhile may draw its order: the random state should be the one in which training would
+        have begun it.
+        """
         for _ in range(count):
+            between()
             self.next()
 
     def stand(self) -> Stand:
@@ -150,13 +170,14 @@ class Feed:
             loader=copy.deepcopy(self._loader.state_dict()) if open_now and self._keeps_state else None,
             drawn=[generator.get_state() for generator in self._generators()],
             drawn_before=self._drawn_before,
+            reused=self._reused,
         )
 
     def take(self, stand: Stand) -> None:
         """Stand there, with that iterator: nothing is read, and nothing can fail."""
         self.epoch, self.batch, self.index = stand.epoch, stand.batch, stand.index
         self._iterator, self._opened_with, self._restored = stand.iterator, stand.opened_with, None
-        self._last_set, self._drawn_before = stand.last_set, stand.drawn_before
+        self._last_set, self._drawn_before, self._reused = stand.last_set, stand.drawn_before, stand.reused
 
     def go_back(self, stand: Stand) -> None:
         """Leave where it was moved to meanwhile, and stand there again.
@@ -164,41 +185,62 @@ class Feed:
         The iterator of then is taken up, unless the loader has only one (persistent workers) or keeps its place itself:
         then the epoch is opened anew, as after a rollback, which draws random numbers. Raises what the loader raises.
         """
-        persistent = bool(getattr(self._loader, "persistent_workers", False))
-        wound = self._opens != stand.opens and (persistent or self._iterator is stand.iterator)
+        wound = self._opens != stand.opens and (self._persistent or self._iterator is stand.iterator)
         self.take(stand)
         if stand.loader is not None:
             self._loader.load_state_dict(stand.loader)
             self._open()
         elif stand.iterator is not None and wound:
-            self._draw_from(stand.drawn_before)
             self._iterator = None
-            self._replay(stand.opened_with)
-        if not self._keeps_state:
-            self._draw_from(stand.drawn)
+            self._replay(stand.opened_with, stand.drawn_before, reused=stand.reused)
+        self._draw_from(stand.drawn)
         if stand.last_set is not None:
             self._set_epoch(stand.last_set)
 
     def _generators(self) -> list[torch.Generator]:
         """Those that the loader was given, which are no one else's to put back."""
-        owners = (self._loader, getattr(self._loader, "sampler", None))
+        batches = getattr(self._loader, "batch_sampler", None)
+        owners = (self._loader, getattr(self._loader, "sampler", None), batches, getattr(batches, "sampler", None))
         found = [getattr(owner, "generator", None) for owner in owners]
-        return [generator for generator in found if isinstance(generator, torch.Generator)]
+        return list(dict.fromkeys(generator for generator in found if isinstance(generator, torch.Generator)))
 
-    def _draw_from(self, states: list[torch.Tensor]) -> None:
+    def _draw_from(self, states: Sequence[torch.Tensor]) -> None:
         for generator, state in zip(self._generators(), states, strict=False):
             generator.set_state(state)
 
-    def _replay(self, rng: Rng | None) -> None:
+    @property
+    def _persistent(self) -> bool:
+        return bool(getattr(self._loader, "persistent_workers", False))
+
+    @property
+    def _has_workers(self) -> bool:
+        """Whether the next epoch is opened with workers that are there already."""
+        return self._persistent and getattr(self._loader, "_iterator", None) is not None
+
+    def _replay(
+        self,
+        rng: Rng | None,
+        drawn_before: Sequence[torch.Tensor] = (),
+        *,
+        reused: bool | None = None,
+        between: Callable[[], None] = go_on,
+    ) -> None:
         """Open the epoch and take from it what was seen of it, with the random state that its order was drawn from.
 
-        An epoch that became shorter, because more ranks share it, may end before that.
+        A DataLoader draws its workers' seed before an epoch's order, but where it reuses them it draws none: `reused`
+        says which it was. An epoch that became shorter, because more ranks share it, may end before what was seen.
         """
+        if reused and not self._has_workers:
+            iter(self._loader)
         if rng is not None:
             self._restore_rng(rng)
+        self._draw_from(drawn_before)
+        if reused is False and self._has_workers:
+            torch.empty((), dtype=torch.int64).random_(generator=self._loader.generator)
         seen, index, epoch, self.batch = self.batch, self.index, self.epoch, 0
         self._open()
         for _ in range(seen):
+            between()
             self.next()
             if self.epoch != epoch:
                 self.batch, self._iterator = 0, None  # taken from the next epoch, which begins anew
@@ -220,5 +262,6 @@ class Feed:
         self._last_set = self.epoch
         self._opened_with = None if self._keeps_state else self._capture_rng()
         self._drawn_before = [generator.get_state() for generator in self._generators()]
+        self._reused = self._has_workers
         self._opens += 1
         self._iterator = iter(self._loader)

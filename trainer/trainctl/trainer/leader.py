@@ -42,7 +42,7 @@ from trainctl.trainer.outcomes import update_of
 from trainctl.trainer.protocol import Lead, LeadEvent, lead_step, leaves_open, may_have_applied
 from trainctl.trainer.reverts import LEAD_LIMIT
 from trainctl.trainer.superseded import GivingWay
-from trainctl.wire.commands import Command, Resume, spec_of
+from trainctl.wire.commands import Abort, Command, Resume, Rollback, Stop, spec_of
 from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand
 from trainctl.wire.own_ids import undoing_id
 
@@ -70,6 +70,7 @@ class Prepared:
 class Leader(threading.Thread):
     """Takes commands from a queue, proposes them, tells where each one stands through `tell`.
 
+    A stop or an abort gives up a rollback that is still being prepared: it may read data for as long as it likes.
     `prepare(command)` returns what a proposal needs, or the reason why the command is rejected at once; one for which
     `later(command)` is true is taken up again after those that came behind it. The outcome of
     what finishes in the background (a checkpoint) is told by who waits for it, the sender.
@@ -106,6 +107,7 @@ class Leader(threading.Thread):
         self._agreement_s = _FIRST_AGREEMENT_S
         self._left: Position | None = None  # the end of an evaluation that another rank has behind it already
         self._leading: str | None = None
+        self._rolls_back = False  # what is led
         self._slowest_s = 0.0  # of the last agreements, forgotten little by little
         self._state = Lead.IDLE  # by the table in `protocol`
         self._proposal: Proposal | None = None  # the newest
@@ -128,6 +130,10 @@ class Leader(threading.Thread):
                 self._cancelled[message.id] = message
         elif message.command.id not in self._seen:  # a hub that came back may hand a command over again
             self._seen.add(message.command.id)
+            if self._rolls_back and self._leading is not None and isinstance(message.command.action, Stop | Abort):
+                name = spec_of(message.command.action).name
+                by = f"{message.actor}, who sent {name} before it was prepared"
+                self._cancelled.setdefault(self._leading, LinkCancel(id=self._leading, actor=by))
             self._queued[message.command.id] = message
             self._commands.put((message, None))
 
@@ -206,6 +212,7 @@ class Leader(threading.Thread):
                 time.sleep(_SIGN_S)
                 self._commands.put(item)
             return
+        self._rolls_back = undo is None and isinstance(message.command.action, Rollback)
         self._leading = message.command.id
         try:
             settled = self._lead(message, undo)

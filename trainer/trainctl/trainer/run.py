@@ -39,7 +39,6 @@ from trainctl.trainer.core import Callbacks
 from trainctl.trainer.evaluation import batches as evaluation_batches
 from trainctl.trainer.evaluation import evaluate
 from trainctl.trainer.preemption import farewell, listen
-from trainctl.trainer.rolling_back import position
 from trainctl.trainer.tunables import TunableValue, Value
 from trainctl.wire.messages import LinkBye, RunStateName
 from trainctl.wire.preemption import REQUEUE_EXIT_CODE
@@ -69,7 +68,6 @@ class Run:
         self._flops = core.flops
         self._publishes = core.publishes
         self._closed = False
-        self._begun = False
         self._pid = os.getpid()
         self._last = _perf()
         self._eval_every: TunableValue | None = None
@@ -203,7 +201,7 @@ class Run:
         core = self._core
         if core.feed is None:
             raise ValueError("batches() needs the loader: Run.attach(…, loader=loader)")
-        self._begun = True
+        self._begin()
         while not self.stopping and (core.total_steps is None or self._boundary.completed < core.total_steps):
             started = _perf()
             batch = core.feed.next()
@@ -298,7 +296,12 @@ class Run:
     # What belongs to the run
 
     def track(self, name: str, value: Any = None, *, get: Callable[[], Any] | None = None, set: Any = None) -> None:  # noqa: A002
-        """Make something part of every checkpoint: an object with state_dict, or a `get` and `set` pair."""
+        """Make something part of every checkpoint: an object with state_dict, or a `get` and `set` pair.
+
+        After a resume it is given its state at once, where it is tracked before the loop. Ranks need not track the
+        same: nothing in here waits for another one. Raises ValueError or TypeError on a wrong call, and
+        `CheckpointError` where the checkpoint cannot be read any more.
+        """
         if name in self._parts.tracked:
             raise ValueError(f"{name!r} is tracked already: names are given once")
         if get is not None and set is not None:
@@ -307,7 +310,7 @@ class Run:
             self._parts.tracked[name] = value
         else:
             raise TypeError(f"track({name!r}, …) takes an object with state_dict and load_state_dict, or get= and set=")
-        self._restore_tracked()
+        self._restore_tracked(name)
 
     def tunable(
         self,
@@ -399,21 +402,25 @@ class Run:
         if step is not None and core.publishes:
             log.warning("trainctl: resumed at step %d", step)
 
-    def _restore_tracked(self) -> None:
+    def _restore_tracked(self, name: str) -> None:
         """What is tracked after a resume is restored now: the checkpoint was read before it was known."""
         core = self._core
-        if core.resumed_from is None or core.checkpointer is None:
-            return
-        if self._begun or core.boundary.completed != core.first_step:
+        if core.resumed is not None:
+            core.resumed.restore(name)
+        elif core.resumed_from is not None:
             log.warning(
-                "trainctl: what is tracked after training began again is not restored: track it before the loop"
+                "trainctl: %s is tracked after training began again and is not restored: track it before the loop", name
             )
-        else:
-            loaded = core.checkpointer.load(core.resumed_from)
-            core.checkpointer.commit(loaded, restore_overrides=False, script=False)  # these are restored already
-            position(core, loaded, tell=False)
+
+    def _begin(self) -> None:
+        """The loop begins: what was resumed from is of no more use."""
+        if (resumed := self._core.resumed) is not None:
+            self._core.resumed = None
+            resumed.begin()
 
     def _intervals(self, step: int) -> None:
+        if self._core.resumed is not None:
+            self._begin()  # in a script that does not take its batches from us
         every, saves = self._eval_every, self._checkpoint_every
         if every is not None and every.value and step % int(every.value) == 0:
             evaluate(self._core, self._meet_inside)

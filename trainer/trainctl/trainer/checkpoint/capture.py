@@ -46,6 +46,12 @@ def capture_shared(state: State) -> Captured:
     return Captured(nodes=nodes, tensors=references.tensors)
 
 
+def capture_tracked(name: str, tracked: Tracked) -> Captured:
+    """One tracked object. Raises CheckpointError for what is not data."""
+    references, path = References(), f"tracked.{name}"
+    return Captured(nodes={path: encode(_value(tracked), path, references)}, tensors=references.tensors)
+
+
 def capture_rank(state: State) -> Captured:
     """Everything else, this rank's own: small, and copied at once."""
     nodes: dict[str, Node] = {}

@@ -258,11 +258,11 @@ class Checkpointer:
             missing = ", ".join(str(rank) for rank, has in enumerate(having) if not has)
             raise CheckpointError(f"{error}; in memory it is not on rank {missing}") from None
 
-    def commit(self, loaded: Loaded, *, restore_overrides: bool = True, script: bool = True) -> None:
+    def commit(self, loaded: Loaded, *, restore_overrides: bool = True) -> None:
         """Copy a loaded checkpoint into the live state. No collective, nothing to verify: assignment only.
 
-        Where the script loads its own files, its `load` is called, unless `script` is false: that is more than
-        assignment, and what it raises passes through.
+        Where the script loads its own files, its `load` is called: that is more than assignment, and what it raises
+        passes through.
         `restore_overrides=False` leaves the operator's overrides and the tunables as they are now. Afterwards make the
         data iterator anew, then call `loaded.restore_rng()`. Raises CheckpointError, before anything is touched, for
         one from memory that a later save has overwritten.
@@ -271,7 +271,7 @@ class Checkpointer:
             raise CheckpointError(f"checkpoint {loaded.id} was overwritten in memory by a later save: load it again")
         if self.state.overrides is not None:
             self.state.overrides.heal()
-        if script and loaded.script is not None and self.state.script is not None:
+        if loaded.script is not None and self.state.script is not None:
             self.state.script.load(loaded.script)
         devices = {name: tensor.device for name, tensor in capture_shared(self.state).tensors.items()}
         commit(self.state, loaded, devices=devices, restore_overrides=restore_overrides)

@@ -66,6 +66,11 @@ class Loaded:
     from_memory: bool = False
     whole: Callable[[], bool] = field(default=lambda: True, repr=False)  # false once a later save took its memory
     script: Path | None = None  # where the script's own files are, verified
+    later: dict[str, Node] = field(default_factory=dict, repr=False)  # tracked then, and not, or not yet, now
+    # Reads the tensors of those once they are tracked: alone, without the other ranks.
+    read_later: Callable[[dict[str, Node], Captured], dict[str, torch.Tensor]] = field(
+        default=lambda _nodes, _live: {}, repr=False
+    )
 
     @property
     def counters(self) -> dict[str, Any]:
@@ -190,6 +195,15 @@ def _read_rank(path: Path, manifest: Manifest, ranks: Ranks, state: State, live:
     tensors = _targets(wanted, metadata, state, live)
     compare_models(tensors, live)
     _read_tensors(reader, metadata, tensors)
+
+    def read_later(nodes: dict[str, Node], live: Captured) -> dict[str, torch.Tensor]:
+        targets = _targets(nodes, metadata, state, live)
+        try:
+            _read_tensors(FileSystemReader(path), metadata, targets)
+        except Exception as error:  # it was verified, so this is the file system, or somebody who deleted it
+            raise CheckpointError(f"{manifest.id} cannot be read any more: {error}; {_TRY_AGAIN}") from error
+        return targets
+
     return Loaded(
         id=manifest.id,
         step=manifest.step,
@@ -204,7 +218,14 @@ def _read_rank(path: Path, manifest: Manifest, ranks: Ranks, state: State, live:
         tensors=tensors,
         same_ranks=same,
         script=path / FOLDER if by_script else None,
+        later={name: node for name, node in shared.items() if name.startswith("tracked.") and name not in live.nodes},
+        read_later=read_later,
     )
+
+
+def left_out(name: str) -> str:
+    """The note on a part of the checkpoint that nobody tracks."""
+    return f"{name} is in the checkpoint and not tracked now: left out"
 
 
 def compare_parts(state: State, live: Captured, shared: dict[str, Node], own: dict[str, Node]) -> list[str]:
@@ -218,7 +239,7 @@ def compare_parts(state: State, live: Captured, shared: dict[str, Node], own: di
         for name in live.nodes
         if name.startswith("tracked.") and name not in shared
     ]
-    notes += [f"{name} is in the checkpoint and not tracked now: left out" for name in shared if name not in live.nodes]
+    notes += [left_out(name) for name in shared if name not in live.nodes]
     present = {f"scheduler.{index}" for index in range(len(state.schedulers))}
     present |= {name for name in ("scaler", "loader") if getattr(state, name) is not None}
     for name in sorted(present - own.keys()):

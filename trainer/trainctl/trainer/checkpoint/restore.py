@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from trainctl.trainer.checkpoint.capture import bare
+from trainctl.trainer.checkpoint.capture import bare, capture_tracked
 from trainctl.trainer.checkpoint.load import Loaded
 from trainctl.trainer.checkpoint.sharded import copy_into, moved, same_kind
-from trainctl.trainer.checkpoint.state import Accessor, State
+from trainctl.trainer.checkpoint.state import Accessor, State, Tracked
 from trainctl.trainer.checkpoint.tree import decode
 
 _STATE_HOOKS = (
@@ -53,12 +53,33 @@ def commit(state: State, loaded: Loaded, *, devices: Mapping[str, torch.device],
             )
     for name, tracked in state.tracked.items():
         if f"tracked.{name}" in loaded.shared:
-            value = decode(loaded.shared[f"tracked.{name}"], copied)
-            if isinstance(tracked, Accessor):
-                tracked.set(value)
-            else:
-                tracked.load_state_dict(value)
+            _give(tracked, decode(loaded.shared[f"tracked.{name}"], copied))
     _restore_own(state, loaded, restore_overrides=restore_overrides)
+
+
+def restore_tracked(loaded: Loaded, name: str, tracked: Tracked) -> bool:
+    """Give what is tracked since `loaded` was read its state, whether there is one; no other rank is waited for.
+
+    Raises CheckpointError where it cannot be read, or where what is tracked gives a state that is not data.
+    """
+    part = f"tracked.{name}"
+    if (node := loaded.later.get(part)) is None:
+        return False
+    live = capture_tracked(name, tracked)
+    tensors = loaded.read_later({part: node}, live)
+
+    def copied(tensor: str, _device: str) -> torch.Tensor:
+        return moved(tensors[tensor], live.tensors[tensor].device if tensor in live.tensors else "cpu")
+
+    _give(tracked, decode(node, copied))
+    return True
+
+
+def _give(tracked: Tracked, value: Any) -> None:
+    if isinstance(tracked, Accessor):
+        tracked.set(value)
+    else:
+        tracked.load_state_dict(value)
 
 
 def _restore_own(state: State, loaded: Loaded, *, restore_overrides: bool) -> None:

@@ -1,0 +1,149 @@
+"""What a script tracks after a resume is restored as it is tracked, by each rank alone; what it no longer tracks is
+told once the loop begins, and not before."""
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from one_rank import OneRank
+
+from jobs import job
+from trainctl.trainer import Run
+from trainctl.trainer.attach import Parts, Script, resume
+from trainctl.trainer.checkpoint import CheckpointError
+from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
+from trainctl.trainer.feed import Feed
+from waiting import until
+
+
+class Curriculum:
+    """A loader that asks the script how hard the samples are to be, when an epoch is opened."""
+
+    def __init__(self) -> None:
+        self.hardness = {"level": torch.tensor(1.0)}
+
+    def __iter__(self) -> Iterator[float]:
+        level = float(self.hardness["level"])
+        return iter([level * (index + 1) for index in range(4)])
+
+
+class Attempt:
+    """One attempt of a run of one rank, with the loader and the handle of a script."""
+
+    def __init__(self, directory: Path, attempt: int) -> None:
+        self.rank = OneRank(directory, attempt=attempt)
+        self.core = core = self.rank.core
+        assert core.checkpointer is not None
+        self.loader = Curriculum()
+        core.feed = Feed(self.loader, capture_rng=capture_rng, restore_rng=restore_rng)
+        object.__setattr__(core.checkpointer.state, "loader", core.feed)
+        tracked = cast(dict[str, Any], core.checkpointer.state.tracked)
+        nothing: Any = None
+        parts = Parts(
+            core=core,
+            actions=None,
+            control=None,
+            leader=None,
+            sender=nothing,
+            place_file=None,
+            tracked=tracked,
+            preemption=nothing,
+        )
+        self.run = Run(parts, Script(name="one"))
+
+    def resume(self) -> None:
+        assert resume(self.core, None) == 2
+        assert self.core.checkpointer is not None
+        self.core.checkpointer._ranks = None  # type: ignore[assignment] # nobody else is there to talk to from now on
+
+    def track_hardness(self) -> None:
+        self.run.track("hardness", get=lambda: self.loader.hardness, set=self.loader.hardness.update)
+
+    @property
+    def notes(self) -> list[str]:
+        return [text.partition(": ")[2] for text in self.rank.notes()]
+
+
+@pytest.fixture
+def second(tmp_path: Path) -> Attempt:
+    """The second attempt of a run that tracked `hardness` and `old`; the data stand behind one batch of an epoch."""
+    first = Attempt(tmp_path, 1)
+    first.track_hardness()
+    first.run.track("old", get=lambda: 7, set=lambda _value: None)
+    first.loader.hardness["level"] += 2.0
+    assert next(first.run.batches()) == 3.0
+    first.rank.train(2)
+    first.rank.save()
+    return Attempt(tmp_path, 2)
+
+
+def test_what_is_tracked_before_the_loop_is_restored_without_any_other_rank_and_no_falsehood_is_told(
+    second: Attempt,
+) -> None:
+    second.resume()
+    assert second.notes == []
+    second.track_hardness()
+    assert float(second.loader.hardness["level"]) == 3.0
+    assert next(second.run.batches()) == 6.0, "the loader read what was tracked"
+    assert second.notes == ["tracked.old is in the checkpoint and not tracked now: left out"]
+
+
+def test_random_numbers_are_the_checkpoints_whatever_taking_a_state_draws(second: Attempt) -> None:
+    second.resume()
+    expected = capture_rng()["torch"]
+    second.run.track("old", get=lambda: 0, set=lambda _value: torch.rand(3))
+    second.track_hardness()
+    assert torch.equal(torch.get_rng_state(), expected)
+    torch.rand(1)  # a script's own, before its loop
+    expected = torch.get_rng_state()
+    next(second.run.batches())
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_what_the_checkpoint_does_not_have_stays_as_it_is_and_is_told(second: Attempt) -> None:
+    second.resume()
+    second.run.track("new", get=lambda: 1, set=lambda _value: pytest.fail("there is no state to set"))
+    assert second.notes == ["tracked.new is not in the checkpoint and stays as it is"]
+
+
+def test_a_script_with_batches_of_its_own_is_told_at_its_first_step(second: Attempt) -> None:
+    second.resume()
+    second.run.step_done()
+    assert len(second.notes) == 2
+    second.run.step_done()
+    assert len(second.notes) == 2
+
+
+def test_what_is_tracked_in_the_loop_is_not_restored_and_the_log_says_so(
+    second: Attempt, caplog: pytest.LogCaptureFixture
+) -> None:
+    second.resume()
+    next(second.run.batches())
+    with caplog.at_level(logging.WARNING):
+        second.track_hardness()
+    assert float(second.loader.hardness["level"]) == 1.0
+    assert "hardness is tracked after training began again and is not restored" in caplog.text
+
+
+def test_files_that_are_gone_meanwhile_are_named(second: Attempt) -> None:
+    second.resume()
+    assert second.core.checkpointer is not None
+    for file in second.core.checkpointer.directory.glob("step-*/*.distcp"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"step-00000002-1.1 cannot be read any more: .*\.distcp"):
+        second.track_hardness()
+
+
+@pytest.mark.ranks
+@pytest.mark.thorough
+def test_a_script_that_tracks_something_on_one_rank_only_goes_on_after_a_restart(tmp_path: Path) -> None:
+    with job("tracked_alone.py", 2, tmp_path, ["--steps", "6"]) as running:
+        until(lambda: running.process.poll() is not None, 120, what="the first attempt")
+    with job("tracked_alone.py", 2, tmp_path, ["--steps", "8"], TRAINCTL_RESUME="last") as running:
+        until(lambda: len(running.lines(0)) == len(running.lines(1)) == 8, 60, what="both ranks to go on")
+        assert "left out" not in running.log()
+        assert [line["seen"] for line in running.lines(0)] == list(range(1, 9))
+        assert [line["seen"] for line in running.lines(1)] == [0] * 8
