@@ -85,11 +85,11 @@ def prepared(directory: Path) -> Path:
     return checkpoints
 
 
-def at_each_point(directory: Path, how: int, kinds: tuple[str, ...] = (), error: int = 0) -> None:
-    """The same save again and again, with something done to its first, second, … last effect."""
-    template, number = prepared(directory), 0
+def at_each_point(directory: Path, how: int, kinds: tuple[str, ...] = (), error: int = 0, every: int = 1) -> None:
+    """The same save again and again, with something done to its first, second, … last effect, or to some of them."""
+    template, number = prepared(directory), 1 - every
     while True:
-        number += 1
+        number += every
         checkpoints = directory / f"run-{number}" / "checkpoints"
         shutil.copytree(template, checkpoints)
         told = directory / f"told-{number}.json"
@@ -221,6 +221,7 @@ def either_of_two_ranks(directory: Path) -> None:
 
 SCENARIOS: dict[str, Callable[[Path], None]] = {
     "kill": lambda directory: at_each_point(directory, KILL),
+    "some kills": lambda directory: at_each_point(directory, KILL, every=4),
     "tear": lambda directory: at_each_point(directory, TEAR, ("write",)),
     "fsync": lambda directory: at_each_point(directory, FAIL, ("fsync",), errno.EIO),
     "write": lambda directory: at_each_point(directory, FAIL, ("write", "create", "mkdir", "rename"), errno.ENOSPC),
