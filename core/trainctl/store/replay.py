@@ -128,6 +128,7 @@ def load_record(run_dir: Path) -> RunRecord:
                     incarnation=record.state.incarnation,
                     what="journal",
                     text=f"{damage}; the rest of the history is whole",
+                    subject="damaged",
                 )
             )
     if record.state.state not in FINAL_STATES:

@@ -230,13 +230,15 @@ class RolledBack(EventBase, frozen=True, kw_only=True, tag="rollback"):
 
 
 class Anomaly(EventBase, frozen=True, kw_only=True, tag="anomaly"):
-    """Something an operator should know: `what` is a stable word, `text` a sentence."""
+    """Something an operator should know: `what` is a stable word, `text` a sentence. `subject` tells things of one
+    `what` apart that begin and end each by itself: which sink, which reason."""
 
     what: str
     text: str
     severity: Severity = "warning"
     metric: str | None = None
     value: float | None = None
+    subject: str | None = None
 
 
 class RankChanged(EventBase, frozen=True, kw_only=True, tag="rank"):

@@ -30,7 +30,7 @@ class Job:
     make: Callable[[], Sink]
     access: Access
     directory: Path  # the run's
-    tell: Callable[[str, Severity], None]  # from any thread
+    tell: Callable[[str, str, Severity], None]  # the anomaly's subject, its text; from any thread
     state: Callable[[], RunState]
 
 
@@ -94,7 +94,8 @@ class Worker:
                 self.off = True
                 self._feed.end()
                 self._feed.clear()
-                self._job.tell(f"sink {self.name} is off: {error}; training and everything else go on", "warning")
+                text = f"sink {self.name} is off: {error}; training and everything else go on"
+                self._job.tell(f"{self.name} off", text, "warning")
                 return
             except Exception as error:  # noqa: BLE001 - other people's libraries raise what they like
                 delay_s = self._failed(error)
@@ -125,7 +126,8 @@ class Worker:
             picture=self._job.access.picture(),
             directory=self._job.directory,
             notes=dict(self._flushed.notes),
-            tell=lambda text: self._job.tell(f"sink {self.name} {text}", "warning"),
+            # Of what a sink says of itself it does not say that it is over.
+            tell=lambda text: self._job.tell(f"{self.name} says", f"sink {self.name} {text}", "warning"),
         )
         notes = sink.open(start)
         before = self._flushed
@@ -220,7 +222,7 @@ class Worker:
         self._flush_at = now + _FLUSH_S
         if self._trouble.worked(now):
             self.in_trouble = False
-            self._job.tell(f"sink {self.name} works again, and has what it missed", "good")
+            self._job.tell(self.name, f"sink {self.name} works again, and has what it missed", "good")
 
     def _failed(self, error: Exception) -> float:
         """Begin again at what was flushed, later; return when."""
@@ -231,6 +233,7 @@ class Worker:
         self._feed.clear()
         if begins and not self._feed.ended:
             self._job.tell(
+                self.name,
                 f"sink {self.name} failed ({type(error).__name__}: {_brief(error)}): its copy of the history stands "
                 f"still, training and everything else go on. It is tried again, at first after {delay_s:.0f} s, then "
                 "less and less often, and gets what it missed",
