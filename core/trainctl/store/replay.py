@@ -121,7 +121,7 @@ def load_record(run_dir: Path) -> RunRecord:
         raise NoRecord(f"the journal in {journal} cannot be read: {error}") from None
     for damage in record.damage:
         if not damage.torn:
-            record.events.append(
+            record.found(
                 Anomaly(
                     time=record.last_time,
                     step=record.state.step,

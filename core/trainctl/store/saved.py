@@ -94,6 +94,8 @@ class SavedRun(Message, frozen=True, kw_only=True):
     checkpoint_incarnations: dict[str, int]
     damage: list[Damage]
     metrics: SavedMetrics
+    event_places: tuple[tuple[int, int, int], ...] = ()  # of `events`, as runs: epoch, first number, how many
+    events_forgotten: int = 0
 
 
 _decoder = msgspec.msgpack.Decoder(SavedRun)
