@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainctl.store.blocks import Block
+from trainctl.store.epochs import EpochBegins
 from trainctl.store.event_pages import Page, Place, Places
 from trainctl.store.frames import Damage
 from trainctl.store.history import history
@@ -73,6 +74,7 @@ class RunRecord:
         self.events: deque[Event] = deque(maxlen=EVENTS_KEPT)
         self.events_forgotten = 0  # older ones, that are in the journal only
         self.commands: dict[str, CommandUpdate] = {}
+        self.metric_epochs = EpochBegins()
         self.damage = list[Damage]()
         self.last_time = info.started
         self._places = Places(EVENTS_KEPT)
@@ -116,6 +118,7 @@ class RunRecord:
         self.metrics.seal(place)
         if place.last <= newest:
             return
+        self.metric_epochs.note(packed.epoch, place.seqs[0], packed.incarnation, int(block.steps.max()))
         self.heads["metrics"], self.epochs["metrics"] = place.last, packed.epoch
         self.last_time = max(self.last_time, packed.time)
         self._links.note(packed.attempt, "metrics", packed.link)
@@ -150,6 +153,7 @@ class RunRecord:
             events=list(self.events),
             event_places=self._places.saved(),
             events_forgotten=self.events_forgotten,
+            metric_epochs=self.metric_epochs.saved(),
             commands=list(self.commands.values()),
             settled=list(self._settled),
             checkpoint_incarnations=dict(self._checkpoint_incarnations),
@@ -167,6 +171,8 @@ class RunRecord:
         places.restore(saved.event_places, len(saved.events), head)
         self._places, self.events_forgotten = places, saved.events_forgotten
         self.metrics, self._links = metrics, links
+        reached = ((track.incarnation, track.last_step) for track in saved.metrics.tracks)
+        self.metric_epochs.restore(saved.metric_epochs, saved.epochs.get("metrics", 0), reached)
         self.state, self.last_time = saved.state, saved.last_time
         self.heads |= saved.heads
         self.epochs |= saved.epochs
@@ -185,6 +191,7 @@ class RunRecord:
     def _apply_rows(self, rows: Rows, envelope: Envelope) -> None:
         self.metrics.add(rows, envelope.seq, envelope.epoch)
         if rows.steps:
+            self.metric_epochs.note(envelope.epoch, envelope.seq, rows.incarnation, max(rows.steps))
             newest = _newest_row(np.array(rows.steps, "i8"))
             self._advance(rows.steps[newest], rows.times[newest], rows.incarnation, rows.attempt, _last_lr(rows))
 
