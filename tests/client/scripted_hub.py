@@ -35,7 +35,6 @@ from trainctl.wire.messages import (
     CommandRequest,
     CommandUpdate,
     Envelope,
-    Events,
     EventsRequest,
     HistoryRequest,
     LrState,
@@ -254,7 +253,7 @@ class ScriptedHub:
             case HistoryRequest():
                 return self.record.history(request)
             case EventsRequest():
-                return Events(req=caller.req, events=self.record.events_matching(request))
+                return self.record.events_page(request)
             case CheckpointsRequest():
                 found = manifest.list_checkpoints(RunDir(self.info.dir).checkpoints)
                 last = manifest.pick(found, "last")

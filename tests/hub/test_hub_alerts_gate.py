@@ -1,5 +1,6 @@
 """How often somebody is woken: never for the same thing twice, and always for what lasts."""
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,9 +17,24 @@ def state(name: str, *, step: int = 50, attempt: int = 1) -> StateChanged:
 
 
 def anomaly(
-    what: str, severity: Severity = "error", *, metric: str | None = None, text: str = "t", incarnation: int = 1
+    what: str,
+    severity: Severity = "error",
+    *,
+    metric: str | None = None,
+    text: str = "t",
+    incarnation: int = 1,
+    subject: str | None = None,
 ) -> Anomaly:
-    return Anomaly(time=0.0, step=50, incarnation=incarnation, what=what, text=text, severity=severity, metric=metric)
+    return Anomaly(
+        time=0.0,
+        step=50,
+        incarnation=incarnation,
+        what=what,
+        text=text,
+        severity=severity,
+        metric=metric,
+        subject=subject,
+    )
 
 
 def node(name: str, severity: Severity = "warning") -> NodeChanged:
@@ -142,6 +158,25 @@ def test_the_end_of_something_else_changes_nothing(other: Event) -> None:
     assert hear(gate, nan, 0.0)
     gate.note(other)
     assert not hear(gate, nan, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (anomaly("sink", subject="wandb"), anomaly("sink", subject="mlflow")),
+        (anomaly("dropped", subject="link"), anomaly("dropped", subject="size")),
+        (anomaly("journal", subject="not written"), anomaly("journal", subject="damaged")),
+    ],
+)
+def test_what_is_about_different_subjects_wakes_and_ends_each_by_itself(one: Anomaly, other: Anomaly) -> None:
+    gate = Gate()
+    assert [hear(gate, one, 0.0), hear(gate, other, 10.0)] == [True, True], "it is not the same thing again"
+    gate = Gate()
+    assert not gate.admit(one, 0.0, LIMITS, room=False)
+    assert not gate.admit(other, 0.0, LIMITS, room=False)
+    gate.note(msgspec.structs.replace(one, severity="good"))
+    assert due(gate, 9000.0) == [other], "the end of something else has no say in it"
+    assert not hear(restarted(one, other, msgspec.structs.replace(one, severity="good")), other, 5.0)
 
 
 def test_a_gradient_that_was_noted_and_becomes_an_error_is_not_the_same_thing() -> None:

@@ -100,6 +100,7 @@ def test_the_command_reads_the_line_of_the_log_with_the_run_and_a_sentence() -> 
         "severity": "error",
         "metric": "loss",
         "value": "nan",
+        "subject": None,
         "run": "demo",
         "id": "demo-1",
         "host": "a",

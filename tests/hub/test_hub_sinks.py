@@ -229,6 +229,8 @@ def test_a_sink_that_fails_is_told_of_once_and_gets_what_it_missed(tmp_path: Pat
     assert failed.startswith("sink tensorboard failed (NotADirectoryError")
     assert "training and everything else go on" in failed
     assert again == "sink tensorboard works again, and has what it missed"
+    subjects = [event.subject for event in load_record(run_dir).events if isinstance(event, Anomaly)]
+    assert subjects == ["tensorboard", "tensorboard"], "so that alerts know whose end it is"
 
 
 def test_what_cannot_work_is_one_event_each_and_stops_nothing(tmp_path: Path, own_home: Path) -> None:

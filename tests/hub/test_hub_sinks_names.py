@@ -173,7 +173,7 @@ def test_an_mlflow_that_fails_at_the_parameters_gets_no_second_run(
             make=lambda: MlflowSink(MlflowSettings()),
             access=bench.access(),
             directory=tmp_path,
-            tell=lambda text, _severity: told.append(text),
+            tell=lambda _subject, text, _severity: told.append(text),
             state=lambda: bench.record.state,
         )
         worker = Worker(job, head=bench.record.heads["metrics"])

@@ -148,7 +148,7 @@ class Bench:
             make=make,
             access=self.access(),
             directory=self.directory,
-            tell=lambda text, _severity: self.told.append(text),
+            tell=lambda _subject, text, _severity: self.told.append(text),
             state=lambda: self.record.state,
         )
         return Worker(job, head=self.record.heads["metrics"])

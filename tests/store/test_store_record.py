@@ -225,7 +225,7 @@ def test_events_are_found_by_kind_time_and_step(tmp_path: Path) -> None:
 
     def steps(**asked: object) -> list[int]:
         request = msgspec.convert({"req": 1} | asked, EventsRequest)
-        return [event.step for event in teller.record.events_matching(request)]
+        return [event.step for event in teller.record.events_page(request).events]
 
     assert steps(limit=3) == [10, 11, 12]
     assert steps(limit=2, kinds=["note"]) == [9, 10]

@@ -64,17 +64,19 @@ class TestDropWatch:
         watch = DropWatch()
         assert watch.observe({"link": 0}, 0.0) == []
         (begin,) = watch.observe({"link": 5}, 1.0)
-        assert "did not take them for over a minute" in begin
+        assert (begin.reason, begin.severity) == ("link", "warning")
+        assert "did not take them for over a minute" in begin.text
         assert watch.observe({"link": 50}, 2.0) == []
         assert watch.observe({"link": 50}, 2.0 + CALM_S / 2) == []
         (end,) = watch.observe({"link": 50}, 2.0 + CALM_S)
-        assert "50 values or rows are missing" in end
+        assert "50 values or rows are missing" in end.text
+        assert (end.reason, end.severity) == ("link", "good")
         (again,) = watch.observe({"link": 51}, 100.0)
-        assert "is being lost" in again
+        assert "is being lost" in again.text
 
     def test_memory_that_is_full_is_told_as_that(self) -> None:
         told = DropWatch().observe({"link": 0, "link-memory": 3, "buffer-memory": 1}, 0.0)
-        assert ["fills its memory" in text and "over a minute" not in text for text in told] == [True, True]
+        assert ["fills its memory" in one.text and "over a minute" not in one.text for one in told] == [True, True]
 
     def test_bad_values_are_told_elsewhere_by_name(self) -> None:
         assert DropWatch().observe({"value": 3, "names": 9}, 0.0) == []

@@ -96,7 +96,7 @@ def test_what_other_ranks_cannot_keep_is_counted_and_told_by_rank_0(ranks: tuple
     assert first.exchange.everybody() is not None
     assert first.exchange.lost_elsewhere == 5
     (told,) = DropWatch().observe({"ranks": first.exchange.lost_elsewhere}, 0.0)
-    assert told.startswith("telemetry is being lost: other ranks than 0")
+    assert told.text.startswith("telemetry is being lost: other ranks than 0")
     close(*ranks)
 
 

@@ -28,7 +28,6 @@ from trainctl.client.session import Session
 from trainctl.client.watching import watch
 from trainctl.wire.messages import Envelope, Event, NodeReading, Ranks, Rows, Snapshot
 
-_EVENTS_AT_MOST = 2000
 _LINES_BEFORE_FOLLOWING = 10
 WELL_ENDED = frozenset({"finished", "stopped"})
 
@@ -147,9 +146,7 @@ class LogPrinter:
         if count is None and wanted.follow and wanted.from_step is None and wanted.since_s is None:
             count = _LINES_BEFORE_FOLLOWING
         since = None if wanted.since_s is None else self._model.source_time() - wanted.since_s
-        events = await session.events(
-            limit=_EVENTS_AT_MOST, since=since, from_step=wanted.from_step, kinds=sorted(wanted.kinds - {"metrics"})
-        )
+        events = await self._events(session, since=since, count=count)
         # Abandoned branches happened too.
         incarnations = range(1, (self._model.state.incarnation if self._model.state else 0) + 1)
         rows = await self._rows(session, dict.fromkeys(incarnations, self._first_step(count)))
@@ -169,7 +166,7 @@ class LogPrinter:
         """Print what happened meanwhile and did not come message by message, because the hub had packed it already."""
         wanted, total, state = self._wanted, self._model.total_steps, self._model.state
         until, (incarnation, step, row_until) = self._newest_event, self._newest_row
-        found = await session.events(limit=_EVENTS_AT_MOST, since=until, kinds=sorted(wanted.kinds - {"metrics"}))
+        found = await self._events(session, since=until)
         events = [event for event in found if event.time > until]
         later = range(incarnation + 1, (state.incarnation if state else incarnation) + 1)
         starts = {incarnation: step} | dict.fromkeys(later, wanted.from_step)
@@ -179,6 +176,22 @@ class LogPrinter:
         lines += [(row.time, row) for row in rows if wanted.metrics(row.step, row.values, total)]
         for _, line in sorted(lines, key=lambda line: line[0]):
             self._print(line, newest=False)
+
+    async def _events(self, session: Session, *, since: float | None, count: int | None = None) -> list[Event]:
+        """The events since a time, oldest first; with `count`, no more than are needed for as many lines."""
+        wanted, parts, lines = self._wanted, list[list[Event]](), 0
+        if wanted.kinds == {"metrics"}:
+            return []
+        pages = session.all_events(since=since, from_step=wanted.from_step, kinds=sorted(wanted.kinds - {"metrics"}))
+        async with contextlib.aclosing(pages):
+            async for page in pages:
+                parts.append(page.events)
+                lines += sum(map(wanted.event, page.events))
+                if page.missing:
+                    click.echo(f"{page.missing} older events are missing: the journal does not have them", err=True)
+                if count is not None and lines >= count:
+                    break
+        return [event for part in reversed(parts) for event in part]
 
     def _saw(self, events: list[Event], rows: list[Row]) -> None:
         """Note what is not to be printed again, should it come as a message."""

@@ -6,6 +6,8 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TypeVar, cast
 
+import msgspec
+
 from trainctl.client.commanding import Commanding, make_command
 from trainctl.client.connection import Connection
 from trainctl.client.errors import ClientError, NotReachable
@@ -46,6 +48,7 @@ _RETRY_S = (0.3, 2.0)
 _VERIFY_TIMEOUT_S = 600.0
 _AUDIT_LINES = 100_000
 _FIRST_EVENTS = 200
+_EVENTS_A_PAGE = 2000  # the most that one answer holds
 _MISSED_STREAMS: tuple[Stream, ...] = ("metrics", "events")
 
 R = TypeVar("R", bound=ReplyBase)
@@ -198,6 +201,17 @@ class LiveSession:
     ) -> list[Event]:
         request = EventsRequest(req=0, limit=limit, since=since, from_step=from_step, kinds=list(kinds))
         return (await self._ask(request, Events)).events
+
+    async def all_events(
+        self, *, since: float | None = None, from_step: int | None = None, kinds: Sequence[str] = ()
+    ) -> AsyncGenerator[Events, None]:
+        request = EventsRequest(req=0, limit=_EVENTS_A_PAGE, since=since, from_step=from_step, kinds=list(kinds))
+        while True:
+            page = await self._ask(request, Events)
+            yield page
+            if page.before is None:
+                return
+            request = msgspec.structs.replace(request, before=page.before)
 
     async def checkpoints(self) -> Checkpoints:
         return await self._ask(CheckpointsRequest(req=0), Checkpoints)

@@ -5,6 +5,8 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from trainctl.client.commanding import make_command
 from trainctl.client.errors import BadRequest, ClientError, NotReachable, Rejected
 from trainctl.client.model import Item, RunModel
@@ -19,6 +21,7 @@ from trainctl.wire.messages import (
     Checkpoints,
     CommandUpdate,
     Event,
+    Events,
     EventsRequest,
     HistoryRequest,
     Snapshot,
@@ -107,9 +110,27 @@ class RecordedSession:
         from_step: int | None = None,
         kinds: Sequence[str] = (),
     ) -> list[Event]:
-        return self._record.events_matching(
-            EventsRequest(req=0, limit=limit, since=since, from_step=from_step, kinds=list(kinds))
-        )
+        request = EventsRequest(req=0, limit=limit, since=since, from_step=from_step, kinds=list(kinds))
+        return self._record.events_page(request).events
+
+    async def all_events(
+        self, *, since: float | None = None, from_step: int | None = None, kinds: Sequence[str] = ()
+    ) -> AsyncGenerator[Events, None]:
+        record = self._record
+        request = EventsRequest(req=0, limit=2000, since=since, from_step=from_step, kinds=list(kinds))
+        while not record.wants_older(request):
+            page = record.events_page(request)
+            yield page
+            if page.before is None:
+                return
+            request = msgspec.structs.replace(request, before=page.before)
+        from trainctl.store.older_events import OlderEvents
+
+        older = OlderEvents(self._dir.journal)
+        try:
+            yield await asyncio.to_thread(older.page, request, record.oldest_event, record.events_forgotten)
+        except OSError as error:
+            raise NotReachable(f"older events cannot be read: {error}") from None
 
     async def checkpoints(self) -> Checkpoints:
         found = await asyncio.to_thread(manifest.list_checkpoints, self._dir.checkpoints)

@@ -11,7 +11,7 @@ from trainctl.client.errors import ClientError, NotReachable, OtherVersion
 from trainctl.client.model import Item, RunModel
 from trainctl.client.points import Points
 from trainctl.wire.commands import Action
-from trainctl.wire.messages import Checkpoints, CommandUpdate, Event, Snapshot, Tunable, Verified
+from trainctl.wire.messages import Checkpoints, CommandUpdate, Event, Events, Snapshot, Tunable, Verified
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,7 +81,12 @@ class Session(Protocol):
         from_step: int | None = None,
         kinds: Sequence[str] = (),
     ) -> list[Event]:
-        """The newest `limit` events that match, oldest first."""
+        """The newest `limit` events that match, oldest first: one answer, from what the hub has in memory."""
+
+    def all_events(
+        self, *, since: float | None = None, from_step: int | None = None, kinds: Sequence[str] = ()
+    ) -> AsyncGenerator[Events, None]:
+        """All events that match, in parts: the newest part first, each with its oldest event first."""
 
     async def checkpoints(self) -> Checkpoints:
         """Checkpoints, oldest first, and which are `last` and `best`."""

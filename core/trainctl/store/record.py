@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainctl.store.blocks import Block
+from trainctl.store.epochs import EpochBegins
+from trainctl.store.event_pages import Page, Place, Places
 from trainctl.store.frames import Damage
 from trainctl.store.history import history
 from trainctl.store.links import LinkHeads
@@ -20,7 +22,6 @@ from trainctl.store.metrics import MetricStore
 from trainctl.store.packed import Sealed
 from trainctl.store.saved import SavedRun
 from trainctl.wire.commands import FINAL_COMMAND_STATES
-from trainctl.wire.events import kind_of
 from trainctl.wire.manifest import list_checkpoints
 from trainctl.wire.messages import (
     FINAL_STATES,
@@ -30,6 +31,7 @@ from trainctl.wire.messages import (
     CommandUpdate,
     Envelope,
     Event,
+    Events,
     EventsRequest,
     History,
     HistoryRequest,
@@ -70,9 +72,12 @@ class RunRecord:
         self.ranks: dict[int, RankFigures] = {}
         self.nodes: dict[str, NodeReading] = {}
         self.events: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self.events_forgotten = 0  # older ones, that are in the journal only
         self.commands: dict[str, CommandUpdate] = {}
+        self.metric_epochs = EpochBegins()
         self.damage = list[Damage]()
         self.last_time = info.started
+        self._places = Places(EVENTS_KEPT)
         self._links = LinkHeads()
         self._checkpoint_incarnations: dict[str, int] = {}
         self._settled: deque[str] = deque()
@@ -103,7 +108,7 @@ class RunRecord:
             case NodeReading() as reading:
                 self.nodes[reading.node] = reading
             case event:
-                self._apply_event(event)
+                self._apply_event(event, (envelope.epoch, envelope.seq))
 
     def apply_block(self, block: Block, place: Sealed) -> None:
         """Take packed rows; what was taken before is skipped."""
@@ -113,6 +118,7 @@ class RunRecord:
         self.metrics.seal(place)
         if place.last <= newest:
             return
+        self.metric_epochs.note(packed.epoch, place.seqs[0], packed.incarnation, int(block.steps.max()))
         self.heads["metrics"], self.epochs["metrics"] = place.last, packed.epoch
         self.last_time = max(self.last_time, packed.time)
         self._links.note(packed.attempt, "metrics", packed.link)
@@ -145,6 +151,9 @@ class RunRecord:
             ranks=dict(self.ranks),
             nodes=dict(self.nodes),
             events=list(self.events),
+            event_places=self._places.saved(),
+            events_forgotten=self.events_forgotten,
+            metric_epochs=self.metric_epochs.saved(),
             commands=list(self.commands.values()),
             settled=list(self._settled),
             checkpoint_incarnations=dict(self._checkpoint_incarnations),
@@ -157,7 +166,13 @@ class RunRecord:
         saved like this, and then is as empty as before."""
         metrics, links = MetricStore(RunDir(self._directory).journal), LinkHeads(saved.links)
         metrics.restore(saved.metrics)
+        places = Places(EVENTS_KEPT)
+        head = saved.epochs.get("events", 0), saved.heads.get("events", 0)
+        places.restore(saved.event_places, len(saved.events), head)
+        self._places, self.events_forgotten = places, saved.events_forgotten
         self.metrics, self._links = metrics, links
+        reached = ((track.incarnation, track.last_step) for track in saved.metrics.tracks)
+        self.metric_epochs.restore(saved.metric_epochs, saved.epochs.get("metrics", 0), reached)
         self.state, self.last_time = saved.state, saved.last_time
         self.heads |= saved.heads
         self.epochs |= saved.epochs
@@ -176,6 +191,7 @@ class RunRecord:
     def _apply_rows(self, rows: Rows, envelope: Envelope) -> None:
         self.metrics.add(rows, envelope.seq, envelope.epoch)
         if rows.steps:
+            self.metric_epochs.note(envelope.epoch, envelope.seq, rows.incarnation, max(rows.steps))
             newest = _newest_row(np.array(rows.steps, "i8"))
             self._advance(rows.steps[newest], rows.times[newest], rows.incarnation, rows.attempt, _last_lr(rows))
 
@@ -194,8 +210,17 @@ class RunRecord:
             else self.state.lr,
         )
 
-    def _apply_event(self, event: Event) -> None:
+    def found(self, event: Event) -> None:
+        """Take an event that nobody published: what whoever reads a recording has to say of it."""
+        self._keep(event, self._places.behind)
+
+    def _keep(self, event: Event, place: Place) -> None:
+        self.events_forgotten += len(self.events) == self.events.maxlen
         self.events.append(event)
+        self._places.add(place)
+
+    def _apply_event(self, event: Event, place: Place) -> None:
+        self._keep(event, place)
         match event:
             case StateChanged():
                 self._apply_state(event)
@@ -288,17 +313,21 @@ class RunRecord:
         """Values or rollups of metrics, cut where the answer would pass the size limit."""
         return history(self.metrics, request)
 
-    def events_matching(self, request: EventsRequest) -> list[Event]:
-        """The newest `limit` events that match, oldest first."""
-        kinds = {"node" if kind == "node-event" else kind for kind in request.kinds}
-        matching = (
-            event
-            for event in reversed(self.events)
-            if (not kinds or kind_of(event) in kinds)
-            and (request.since is None or event.time >= request.since)
-            and (request.from_step is None or event.step >= request.from_step)
-        )
-        return list(islice(matching, max(0, min(request.limit, 2000))))[::-1]
+    def events_page(self, request: EventsRequest) -> Events:
+        """The newest `limit` events that match and are in memory, oldest first."""
+        page = Page(request)
+        page.add(zip(reversed(self._places), reversed(self.events), strict=True))
+        return page.end(self.oldest_event if self.events_forgotten else None)
+
+    @property
+    def oldest_event(self) -> Place:
+        """Where the oldest event in memory stands; there has to be one."""
+        return self._places.first
+
+    def wants_older(self, request: EventsRequest) -> bool:
+        """Whether a request is about events that are in the journal only (`OlderEvents`)."""
+        before = request.before
+        return before is not None and self.events_forgotten > 0 and (before.epoch, before.seq) <= self.oldest_event
 
 
 def _newest_row(steps: NDArray[np.int64]) -> int:

@@ -121,13 +121,14 @@ def load_record(run_dir: Path) -> RunRecord:
         raise NoRecord(f"the journal in {journal} cannot be read: {error}") from None
     for damage in record.damage:
         if not damage.torn:
-            record.events.append(
+            record.found(
                 Anomaly(
                     time=record.last_time,
                     step=record.state.step,
                     incarnation=record.state.incarnation,
                     what="journal",
                     text=f"{damage}; the rest of the history is whole",
+                    subject="damaged",
                 )
             )
     if record.state.state not in FINAL_STATES:

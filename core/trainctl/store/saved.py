@@ -94,6 +94,9 @@ class SavedRun(Message, frozen=True, kw_only=True):
     checkpoint_incarnations: dict[str, int]
     damage: list[Damage]
     metrics: SavedMetrics
+    event_places: tuple[tuple[int, int, int], ...] = ()  # of `events`, as runs: epoch, first number, how many
+    events_forgotten: int = 0
+    metric_epochs: tuple[tuple[int, int, int, int], ...] = ()  # epoch, first number; incarnation and step before it
 
 
 _decoder = msgspec.msgpack.Decoder(SavedRun)

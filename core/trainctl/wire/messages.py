@@ -230,13 +230,15 @@ class RolledBack(EventBase, frozen=True, kw_only=True, tag="rollback"):
 
 
 class Anomaly(EventBase, frozen=True, kw_only=True, tag="anomaly"):
-    """Something an operator should know: `what` is a stable word, `text` a sentence."""
+    """Something an operator should know: `what` is a stable word, `text` a sentence. `subject` tells things of one
+    `what` apart that begin and end each by itself: which sink, which reason."""
 
     what: str
     text: str
     severity: Severity = "warning"
     metric: str | None = None
     value: float | None = None
+    subject: str | None = None
 
 
 class RankChanged(EventBase, frozen=True, kw_only=True, tag="rank"):
@@ -410,13 +412,21 @@ class HistoryRequest(RequestBase, frozen=True, kw_only=True, tag="history"):
     incarnation: int | None = None  # None: the live branch
 
 
+class EventPlace(Message, frozen=True, kw_only=True):
+    """Where an event stands in its stream: the epoch and the number of its envelope."""
+
+    epoch: Number
+    seq: Number
+
+
 class EventsRequest(RequestBase, frozen=True, kw_only=True, tag="events"):
-    """The newest `limit` events that match, oldest first."""
+    """The newest `limit` events that match, oldest first; with `before`, the newest of those that stand before it."""
 
     limit: int = 200
     since: float | None = None
     from_step: int | None = None
     kinds: list[str] = []
+    before: EventPlace | None = None
 
 
 class CheckpointsRequest(RequestBase, frozen=True, kw_only=True, tag="checkpoints"):
@@ -580,7 +590,12 @@ class History(ReplyBase, frozen=True, kw_only=True, tag="history"):
 
 
 class Events(ReplyBase, frozen=True, kw_only=True, tag="events"):
+    """`before`: ask again with it for older ones; without it there are none, but for the `missing`, which were
+    recorded and are not in the journal any more."""
+
     events: list[Event]
+    before: EventPlace | None = None
+    missing: Number = 0
 
 
 class Checkpoints(ReplyBase, frozen=True, kw_only=True, tag="checkpoints"):

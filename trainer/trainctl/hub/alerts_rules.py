@@ -37,9 +37,9 @@ def sameness(event: Event) -> Key:
     match event:
         case StateChanged(state=state, attempt=attempt):
             return "state", state, str(attempt)
-        case Anomaly(what=what, metric=metric, severity=severity):
+        case Anomaly(what=what, metric=metric, subject=subject, severity=severity):
             # A new incarnation's curves are new ones; what concerns the machine goes on.
-            return "anomaly", what, metric or "", severity, str(event.incarnation) if metric else ""
+            return "anomaly", what, metric or "", subject or "", severity, str(event.incarnation) if metric else ""
         case RankChanged(rank=rank, state=state):
             return "rank", str(rank), state
         case NodeChanged(node=node, state=state):
@@ -59,12 +59,12 @@ def is_over(key: Key, event: Event) -> bool:
             return str(event.rank) == rank and event.state != state
         case ("node", node, state), NodeChanged():
             return event.node == node and event.state != state
-        case ("anomaly", _, _, _, incarnation), _ if incarnation and event.incarnation > int(incarnation):
+        case ("anomaly", _, _, _, _, incarnation), _ if incarnation and event.incarnation > int(incarnation):
             return True
-        case ("anomaly", what, metric, _, _), Anomaly():
+        case ("anomaly", what, metric, subject, _, _), Anomaly():
             # A curve that has a new level spikes no more, and nobody calls that good.
             ends = event.severity == "good" or (what == _SPIKE and event.severity == "info")
-            return ends and (event.what, event.metric or "") == (what, metric)
+            return ends and (event.what, event.metric or "", event.subject or "") == (what, metric, subject)
         case _:
             return False
 

@@ -119,8 +119,8 @@ class RunBoard:
         except OSError as error:
             log.warning("run.json cannot be written: %s", error)
 
-    def anomaly(self, what: str, text: str, severity: Severity) -> None:
-        """Something an operator should know."""
+    def anomaly(self, what: str, text: str, severity: Severity, subject: str | None = None) -> None:
+        """Something an operator should know; `subject` where several of its kind may last at the same time."""
         state = self.state
         self._recorder.take(
             Anomaly(
@@ -130,5 +130,6 @@ class RunBoard:
                 what=what,
                 text=text,
                 severity=severity,
+                subject=subject,
             )
         )

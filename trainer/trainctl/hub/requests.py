@@ -13,6 +13,7 @@ from trainctl.hub.snapshots import fitting
 from trainctl.hub.verifying import check
 from trainctl.store.audit import AuditLog, check_audit
 from trainctl.store.history import history_steps
+from trainctl.store.older_events import OlderEvents
 from trainctl.wire.codec import DATA_LIMIT
 from trainctl.wire.held_states import list_with_memory
 from trainctl.wire.manifest import kept_audit_heads, pick
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 
 _TURN_S = 0.02
 _LISTING_S = 5.0
+_OLDER_S = 0.5
 _AUDIT_BYTES = DATA_LIMIT - 64 * 1024
 
 
@@ -74,6 +76,8 @@ class Requests:
         self._desk = desk
         self._server = server
         self._listed: list[CheckpointInfo] = []
+        self._older = OlderEvents(run_dir.journal)
+        self._one_older = asyncio.Lock()  # many who ask cost one thread
 
     def run_state(self) -> RunState:
         return self._record.state
@@ -104,7 +108,7 @@ class Requests:
             case HistoryRequest():
                 return await self._history(request)
             case EventsRequest():
-                return Events(req=request.req, events=self._record.events_matching(request))
+                return await self._events(request)
             case CheckpointsRequest():
                 return await self._list(request)
             case VerifyRequest():
@@ -137,6 +141,27 @@ class Requests:
             if time.monotonic() > turn_ends:
                 await asyncio.sleep(0)
                 turn_ends = time.monotonic() + _TURN_S
+
+    async def _events(self, request: EventsRequest) -> Events:
+        """From memory, and what is too old for that from the journal's files."""
+        record = self._record
+        if not record.wants_older(request):
+            return record.events_page(request)
+        first, forgotten = record.oldest_event, record.events_forgotten
+        reading = Aside(lambda: self._older.page(request, first, forgotten, within_s=_OLDER_S))
+        try:
+            async with self._one_older:
+                if not self._keeper.hangs:
+                    return await reading.run(_LISTING_S)
+        except StillBusy:
+            pass
+        except OSError as error:
+            raise Refusal("journal_unreadable", f"older events cannot be read: {error.strerror}") from None
+        raise Refusal(
+            "disk_hangs",
+            "the file system of the run's directory does not answer, so older events cannot be read from it now",
+            "training goes on, and so does what is published; ask again when the disk answers",
+        )
 
     async def _checkpoints(self) -> list[CheckpointInfo]:
         """What there is; what there was when the disk last answered, while it hangs."""

@@ -12,6 +12,8 @@ from trainctl.wire.rundir import RunDir
 log = logging.getLogger(__name__)
 
 RETRY_S = 5.0
+# What may be wrong with the journal, each with an end of its own or none.
+_DAMAGED, _NOT_WRITTEN, _NOT_READ = "damaged", "not written", "not read"
 
 
 class DiskTrouble:
@@ -34,7 +36,7 @@ class DiskTrouble:
         for damage in found:
             log.warning("%s", damage)
             if not damage.torn:
-                self._board.anomaly("journal", f"{damage}; the rest of the history is whole", "warning")
+                self._board.anomaly("journal", f"{damage}; the rest of the history is whole", "warning", _DAMAGED)
 
     def tick(self, now: float) -> None:
         """Look, and try again what fails."""
@@ -57,11 +59,13 @@ class DiskTrouble:
                 f"the journal cannot be written ({problem}): history since now is only in the hub's memory and goes "
                 f"with it; training goes on. Make {self._run_dir.path} writable, with room: the hub tries again",
                 "error",
+                _NOT_WRITTEN,
             )
         elif problem is None and self._told:
             self._told = False
             missing = self._keeper.lost or "no"
-            self._board.anomaly("journal", f"the journal is written again; {missing} messages are missing", "good")
+            text = f"the journal is written again; {missing} messages are missing"
+            self._board.anomaly("journal", text, "good", _NOT_WRITTEN)
 
     def _tell_unreadable(self) -> None:
         """Packed blocks that decayed on disk after they were written are only found when somebody asks for them."""
@@ -72,6 +76,7 @@ class DiskTrouble:
                 f"{unreadable} blocks of the journal cannot be read any more: their values are missing in charts and "
                 "history. Is the disk failing? The rest is whole",
                 "error",
+                _NOT_READ,
             )
         self._unreadable = max(unreadable, self._unreadable)
 

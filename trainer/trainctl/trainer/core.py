@@ -13,6 +13,7 @@ from torch import nn
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.buffer import RowBuffer
 from trainctl.trainer.checkpoint import Checkpointer, PendingSave, Retention
+from trainctl.trainer.drops import Told
 from trainctl.trainer.feed import Feed
 from trainctl.trainer.flops import FlopMeter
 from trainctl.trainer.identity import RankIdentity, RunIdentity
@@ -167,17 +168,25 @@ class Core:
         self._complained.add(text)
         self.tell(what, text, severity)
 
-    def tell(self, what: str, text: str, severity: Severity = "warning") -> None:
+    def tell(self, what: str, text: str, severity: Severity = "warning", subject: str | None = None) -> None:
         """What may begin and end more than once: told each time."""
         log.warning("trainctl: %s", text)
         step, incarnation = self.boundary.completed, self.incarnation
         self.event(
-            Anomaly(time=time.time(), step=step, incarnation=incarnation, what=what, text=text, severity=severity)
+            Anomaly(
+                time=time.time(),
+                step=step,
+                incarnation=incarnation,
+                what=what,
+                text=text,
+                severity=severity,
+                subject=subject,
+            )
         )
 
-    def lost_telemetry(self, text: str) -> None:
+    def lost_telemetry(self, told: Told) -> None:
         """Telemetry began to be lost, or no longer is."""
-        self.tell("dropped", text)
+        self.tell("dropped", told.text, told.severity, told.reason)
 
     def state(self) -> RunStateName:
         """What this rank is doing, in the run's words."""

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from trainctl.wire.messages import Severity
+
 CALM_S = 10.0
 
 # What is said of a reason; the others (`value`, `names`) are said of each metric, by name.
@@ -24,6 +26,15 @@ class _Episode:
     grown: float  # when the count last grew
 
 
+@dataclass(frozen=True, kw_only=True)
+class Told:
+    """That telemetry began to be lost for a reason; `good` when that is over."""
+
+    reason: str
+    text: str
+    severity: Severity
+
+
 class DropWatch:
     """Makes sentences of counts that grow. `now` is any clock that does not go back."""
 
@@ -31,9 +42,9 @@ class DropWatch:
         self._seen: dict[str, int] = {}
         self._episodes: dict[str, _Episode] = {}
 
-    def observe(self, counts: Mapping[str, int], now: float) -> list[str]:
+    def observe(self, counts: Mapping[str, int], now: float) -> list[Told]:
         """What is to be told now."""
-        told: list[str] = []
+        told: list[Told] = []
         for reason, count in counts.items():
             seen, self._seen[reason] = self._seen.get(reason, 0), count
             episode, words = self._episodes.get(reason), _WORDS.get(reason)
@@ -42,10 +53,12 @@ class DropWatch:
             if count > seen:
                 if episode is None:
                     self._episodes[reason] = _Episode(before=seen, grown=now)
-                    told.append(f"telemetry is being lost: {words}. Training goes on")
+                    text = f"telemetry is being lost: {words}. Training goes on"
+                    told.append(Told(reason=reason, text=text, severity="warning"))
                 else:
                     episode.grown = now
             elif episode is not None and now - episode.grown >= CALM_S:
                 del self._episodes[reason]
-                told.append(f"no more telemetry is lost; {count - episode.before} values or rows are missing: {words}")
+                text = f"no more telemetry is lost; {count - episode.before} values or rows are missing: {words}"
+                told.append(Told(reason=reason, text=text, severity="good"))
         return told

@@ -295,8 +295,8 @@ class Sender(threading.Thread):
             self._link.tell(LinkAgents(agents=agents))
 
     def _tell_state(self) -> None:
-        for text in self._drop_watch.observe(self._tell_progress(), time.monotonic()):
-            self._core.lost_telemetry(text)
+        for told in self._drop_watch.observe(self._tell_progress(), time.monotonic()):
+            self._core.lost_telemetry(told)
 
     def _tell_progress(self) -> dict[str, int]:
         """Tell what is true of the run now; return what was dropped so far."""

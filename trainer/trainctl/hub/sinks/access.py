@@ -11,6 +11,7 @@ from trainctl.hub.keeper import JournalKeeper
 from trainctl.hub.recorder import Recorder
 from trainctl.hub.sinks.branching import chain_of, parting_step, spans_between
 from trainctl.hub.sinks.sink import Branching
+from trainctl.store.epochs import EpochBegin
 from trainctl.store.rollups import Columns
 from trainctl.store.windows import ROLLUPS, logged_together, step_windows
 from trainctl.wire import codec
@@ -65,10 +66,21 @@ class Access:
         chain = chain_of(branches, incarnation)
         if not before:
             return Branching(from_step=0, time=at)
+        if before not in branches and chain:  # it was deleted: what the copy has before the first that is left, stays
+            return Branching(from_step=branches[chain[0][0]].after_step + 1, time=at)
         from_step = parting_step(chain_of(branches, before), chain)
         spans = spans_between(chain, from_step)
         restored = (rows for span in spans for rows in self.remembered(*span))
         return Branching(from_step=from_step, time=at, restored=restored)
+
+    def epochs(self) -> tuple[list[EpochBegin], int]:
+        """Where the metrics' numbers began, and will go on when the next hub comes; and the newest epoch."""
+
+        def look() -> tuple[list[EpochBegin], int]:
+            known = self._record.metric_epochs
+            return [*known, known.next(known.epoch + 1, self._record.heads["metrics"] + 1)], known.epoch
+
+        return self._ask(look)
 
     def incarnations(self) -> list[int]:
         return self._ask(lambda: [branch.incarnation for branch in self._record.metrics.branches])

@@ -31,7 +31,7 @@ class Sinks:
         recorder: Recorder,
         keeper: JournalKeeper,
         directory: Path,
-        anomaly: Callable[[str, str, Severity], None],
+        anomaly: Callable[[str, str, Severity, str | None], None],
     ) -> None:
         self._recorder = recorder
         self._record = recorder.record
@@ -127,18 +127,19 @@ class Sinks:
 
     # --- telling
 
-    def _tell_from_thread(self, text: str, severity: Severity) -> None:
+    def _tell_from_thread(self, subject: str, text: str, severity: Severity) -> None:
         try:
-            self._loop.call_soon_threadsafe(partial(self._anomaly, "sink", text, severity))
+            self._loop.call_soon_threadsafe(partial(self._anomaly, "sink", text, severity, subject))
         except RuntimeError:
             log.warning("%s", text)  # the hub has left
 
     def _tell_once(self, text: str) -> None:
         if text not in self._told:
             self._told.add(text)
-            self._anomaly("sink", text, "warning")
+            self._anomaly("sink", text, "warning", None)
 
     def _tell_rarely(self, text: str, key: tuple[str, str], now: float) -> None:
         if now - self._told_at.get(key, -_TELL_AGAIN_S) >= _TELL_AGAIN_S:
             self._told_at[key] = now
-            self._anomaly("sink", text, "warning")
+            what, name = key
+            self._anomaly("sink", text, "warning", f"{name} {what}")

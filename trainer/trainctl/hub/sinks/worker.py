@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from trainctl.hub.sinks.access import Access, HubGone
 from trainctl.hub.sinks.feed import Feed
-from trainctl.hub.sinks.memory import Progress, read_progress, write_progress
+from trainctl.hub.sinks.memory import Progress, confirmed, read_progress, write_progress
 from trainctl.hub.sinks.sink import Branching, Sink, Start, Unusable
 from trainctl.hub.sinks.trouble import Trouble
 from trainctl.wire.messages import Envelope, Rows, RunState, Severity
@@ -30,7 +32,7 @@ class Job:
     make: Callable[[], Sink]
     access: Access
     directory: Path  # the run's
-    tell: Callable[[str, Severity], None]  # from any thread
+    tell: Callable[[str, str, Severity], None]  # the anomaly's subject, its text; from any thread
     state: Callable[[], RunState]
 
 
@@ -45,7 +47,8 @@ class Worker:
         self._job = job
         self._feed = Feed()
         self._trouble = Trouble()
-        self._head = head
+        self._head, self._head_epoch = head, 0
+        self._confirmed = False
         self._drain = True
         self._file = job.directory / "sinks" / f"{job.name}.json"
         self._progress = Progress()
@@ -60,6 +63,7 @@ class Worker:
         """Never waits; what the feed has no room for is read from the journal later."""
         self._feed.offer(envelope)
         if envelope.stream == "metrics":
+            self._head_epoch = envelope.epoch
             self._head = envelope.seq  # last: what is in the feed need not be read from the journal
 
     def end(self, *, drain: bool) -> None:
@@ -87,6 +91,7 @@ class Worker:
         self._flushed = self._progress = read_progress(self._file)
         while True:
             try:
+                self._confirm()
                 self._one_life()
             except HubGone:
                 return
@@ -94,7 +99,8 @@ class Worker:
                 self.off = True
                 self._feed.end()
                 self._feed.clear()
-                self._job.tell(f"sink {self.name} is off: {error}; training and everything else go on", "warning")
+                text = f"sink {self.name} is off: {error}; training and everything else go on"
+                self._job.tell(f"{self.name} off", text, "warning")
                 return
             except Exception as error:  # noqa: BLE001 - other people's libraries raise what they like
                 delay_s = self._failed(error)
@@ -106,6 +112,23 @@ class Worker:
             if self._feed.ended:
                 log.warning("sink %s: %d messages were not written", self.name, self.behind)
                 return
+
+    def _confirm(self) -> None:
+        """Once: go back to where the journal ended when its numbers began to mean something else than was written."""
+        if self._confirmed or not self.history:
+            return
+        before = self._progress
+        found = confirmed(before, *self._job.access.epochs())
+        if found.seq < before.seq:
+            write_progress(self._file, found)
+        self._flushed = self._progress = found
+        self._confirmed = True
+        if found.seq < before.seq:
+            text = (
+                f"sink {self.name} had more than the journal, which lost its end or was deleted meanwhile: it gets all "
+                "that is recorded from there on"
+            )
+            self._job.tell(f"{self.name} was further", text, "info")
 
     def _one_life(self) -> None:
         """Open, serve until the hub leaves, close."""
@@ -125,15 +148,16 @@ class Worker:
             picture=self._job.access.picture(),
             directory=self._job.directory,
             notes=dict(self._flushed.notes),
-            tell=lambda text: self._job.tell(f"sink {self.name} {text}", "warning"),
+            # Of what a sink says of itself it does not say that it is over.
+            tell=lambda text: self._job.tell(f"{self.name} says", f"sink {self.name} {text}", "warning"),
         )
         notes = sink.open(start)
         before = self._flushed
-        self._progress = Progress(seq=before.seq, incarnation=before.incarnation, step=before.step, notes=notes)
+        self._progress = msgspec.structs.replace(before, notes=notes)
         self._flushed = self._progress  # a sink that fails from here on is opened again with these notes
         if self.history and notes != before.notes:
             write_progress(self._file, self._progress)
-        if self.history and before.seq:
+        if self.history and before.incarnation:
             sink.branch(Branching(from_step=before.step + 1, time=time.time()))
         self._flush(sink)
 
@@ -209,7 +233,9 @@ class Worker:
         self._advance(seq, max(before.incarnation, rows.incarnation), step)
 
     def _advance(self, seq: int, incarnation: int, step: int) -> None:
-        self._progress = Progress(seq=seq, incarnation=incarnation, step=step, notes=self._progress.notes)
+        # Whatever was taken is the history as this hub knows it.
+        epoch = max(self._progress.epoch, self._head_epoch)
+        self._progress = Progress(epoch=epoch, seq=seq, incarnation=incarnation, step=step, notes=self._progress.notes)
 
     def _flush(self, sink: Sink) -> None:
         sink.flush()
@@ -220,7 +246,7 @@ class Worker:
         self._flush_at = now + _FLUSH_S
         if self._trouble.worked(now):
             self.in_trouble = False
-            self._job.tell(f"sink {self.name} works again, and has what it missed", "good")
+            self._job.tell(self.name, f"sink {self.name} works again, and has what it missed", "good")
 
     def _failed(self, error: Exception) -> float:
         """Begin again at what was flushed, later; return when."""
@@ -231,6 +257,7 @@ class Worker:
         self._feed.clear()
         if begins and not self._feed.ended:
             self._job.tell(
+                self.name,
                 f"sink {self.name} failed ({type(error).__name__}: {_brief(error)}): its copy of the history stands "
                 f"still, training and everything else go on. It is tried again, at first after {delay_s:.0f} s, then "
                 "less and less often, and gets what it missed",
