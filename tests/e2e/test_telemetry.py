@@ -163,7 +163,10 @@ def test_a_hub_that_is_frozen_and_one_whose_disk_is_full_cost_training_and_histo
 
 
 @pytest.mark.thorough
-def test_a_hub_that_is_frozen_when_training_ends_holds_the_exit_up_for_seconds_and_it_is_said(tmp_path: Path) -> None:
+def test_a_hub_that_is_frozen_when_training_ends_holds_the_exit_up_for_seconds_and_the_run_is_whole(
+    tmp_path: Path,
+) -> None:
+    """Cheap, and with each of its turns: tests/hub/test_hub_left_behind.py."""
     with job("telemetry.py", 1, tmp_path, ["--steps", "150", "--sleep", "0.02"]) as running:
         running.until_step(10)
         (hub,) = [card.pid for card in read_cards() if card.kind == "hub"]
@@ -172,6 +175,10 @@ def test_a_hub_that_is_frozen_when_training_ends_holds_the_exit_up_for_seconds_a
             took = json.loads((running.output / "closing-0.json").read_text())
         assert 3.0 <= took < 20.0, "three, and some for a busy machine"
         assert "the hub did not take the last" in running.log()
+        run = ["-r", str(running.directory)]
+        status = until(lambda: (found := trainctl_json("status", *run))["state"] == "finished" and found, 20)
+        assert (status["step"], status["dropped"]) == (150, 0)
+        assert loss_steps(run) == list(range(1, 151)), "though the hub was killed, and read none of the last"
 
 
 @contextlib.contextmanager
