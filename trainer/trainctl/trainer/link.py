@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from trainctl.trainer.forks import no_fork
+from trainctl.trainer.packets import halves
 from trainctl.wire import codec
 from trainctl.wire.messages import (
     Event,
@@ -161,11 +162,15 @@ class Link:
         return not self._kept or self._kept[0][0] > number
 
     def record(self, body: Rows | Ranks | Event, now: float) -> None:
-        """Number a record, keep it until the hub has it on disk, and queue it."""
+        """Number a record, keep it until the hub has it on disk, and queue it; as several where no packet holds it."""
         encoded = codec.encode(LinkRecord(link=self._next, body=body))
         weight = len(body.steps) if isinstance(body, Rows) else 1
         if len(encoded) > _PACKET_LIMIT:
-            self.oversize += weight
+            if (parts := halves(body)) is None:
+                self.oversize += weight
+                return
+            for part in parts:
+                self.record(part, now)
             return
         record = (self._next, now, weight, encoded)
         self._next += 1
