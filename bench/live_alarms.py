@@ -68,13 +68,15 @@ def train(output: Path, seed: int, seconds: float) -> None:
 
 def alarm_of(event: object) -> str | None:
     """What would have woken somebody."""
-    from trainctl.wire.messages import Anomaly, RankChanged, StateChanged
+    from trainctl.wire.messages import Anomaly, NodeChanged, RankChanged, StateChanged
 
     match event:
         case Anomaly(severity="warning" | "error", what=name):
             return name
         case RankChanged(severity="warning" | "error", state=name):
             return name
+        case NodeChanged(severity="warning" | "error", state=name):
+            return f"node {name}"
         case StateChanged(state="stalled" | "lost" | "failed" as name):
             return name
     return None

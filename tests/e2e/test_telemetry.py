@@ -6,6 +6,8 @@ import os
 import resource
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -15,9 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-from jobs import Job, job, trainctl, trainctl_json
+from jobs import Job, end_tree, job, trainctl, trainctl_json
 from trainctl.store.replay import load_record
 from trainctl.wire.cards import read_cards
+from trainctl.wire.messages import StateChanged
 from trainctl.wire.paths import link_socket
 from waiting import until
 
@@ -163,7 +166,10 @@ def test_a_hub_that_is_frozen_and_one_whose_disk_is_full_cost_training_and_histo
 
 
 @pytest.mark.thorough
-def test_a_hub_that_is_frozen_when_training_ends_holds_the_exit_up_for_seconds_and_it_is_said(tmp_path: Path) -> None:
+def test_a_hub_that_is_frozen_when_training_ends_holds_the_exit_up_for_seconds_and_the_run_is_whole(
+    tmp_path: Path,
+) -> None:
+    """Cheap, and with each of its turns: tests/hub/test_hub_left_behind.py."""
     with job("telemetry.py", 1, tmp_path, ["--steps", "150", "--sleep", "0.02"]) as running:
         running.until_step(10)
         (hub,) = [card.pid for card in read_cards() if card.kind == "hub"]
@@ -172,6 +178,10 @@ def test_a_hub_that_is_frozen_when_training_ends_holds_the_exit_up_for_seconds_a
             took = json.loads((running.output / "closing-0.json").read_text())
         assert 3.0 <= took < 20.0, "three, and some for a busy machine"
         assert "the hub did not take the last" in running.log()
+        run = ["-r", str(running.directory)]
+        status = until(lambda: (found := trainctl_json("status", *run))["state"] == "finished" and found, 20)
+        assert (status["step"], status["dropped"]) == (150, 0)
+        assert loss_steps(run) == list(range(1, 151)), "though the hub was killed, and read none of the last"
 
 
 @contextlib.contextmanager
@@ -199,8 +209,13 @@ def sockets(pid: int) -> set[str]:
 
 
 def workers_of(running: Job, rank: int) -> list[int]:
-    """The rank's data workers, and what else it started that is no process of trainctl's."""
+    """The rank's data workers, once they are there, and what else it started that is no process of trainctl's."""
     until(lambda: len(list(running.output.glob("worker-0-*.json"))) == 2, 30, what="two workers")
+    return not_trainctls(rank)
+
+
+def not_trainctls(rank: int) -> list[int]:
+    """What a rank started, and they, that is no process of trainctl's."""
     ours = ("trainctl.hub", "trainctl.agent")
     found = []
     for child in psutil.Process(rank).children(recursive=True):
@@ -241,17 +256,68 @@ def test_a_killed_rank_is_noticed_although_its_workers_live_and_they_hold_nothin
             assert "died without a word" in lost["reason"]
             assert lost["time"] - killed < SILENCE_S, "by its end, not by its silence; bench/rank_death.py has the time"
 
-            (hub,) = [card for card in read_cards() if card.kind == "hub"]
-            ports = {int(address.rsplit(":", 1)[1]) for address in hub.addresses} | {hub.publish_port, *opened["ports"]}
-            os.kill(hub.pid, signal.SIGTERM)
-            until(lambda: not psutil.pid_exists(hub.pid) or _zombie(hub.pid), 20, what="the hub's end")
-            assert not link_socket(status["id"]).exists()
-            for port in ports:
-                with socket.socket() as probe:
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind(("127.0.0.1", port))
+            nothing_stays_taken({*opened["ports"]})
             assert all(psutil.Process(pid).status() == psutil.STATUS_STOPPED for pid in workers), "they lived through"
         os.kill(running.process.pid, signal.SIGCONT)
+
+
+def nothing_stays_taken(ports: set[int]) -> None:
+    """Where trainctl's processes end, their path and their ports can be had again, with those of a rank's."""
+    (hub,) = [card for card in read_cards() if card.kind == "hub"]
+    ports |= {int(address.rsplit(":", 1)[1]) for address in hub.addresses} | {hub.publish_port}
+    os.kill(hub.pid, signal.SIGTERM)
+    until(lambda: not psutil.pid_exists(hub.pid) or _zombie(hub.pid), 20, what="the hub's end")
+    assert not link_socket(hub.source).exists()
+    for port in ports:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("127.0.0.1", port))
+
+
+METHODS = ["fork", "forkserver", "spawn"]
+
+
+@pytest.fixture
+def rank_with_workers(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process of one rank that is linked to its hub, with a worker of each kind."""
+    script = Path(__file__).parents[1] / "scripts" / "idle_workers.py"
+    rank = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path), *METHODS],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TRAINCTL_RUN_DIR": str(tmp_path / "run")},
+    )
+    try:
+        until(lambda: len(list(tmp_path.glob("worker-*.json"))) == len(METHODS), 60, what="a worker of each kind")
+        yield rank
+    finally:
+        end_tree(rank)
+
+
+def test_a_killed_ranks_workers_of_every_kind_hold_nothing_and_nothing_stays_taken(
+    tmp_path: Path, rank_with_workers: subprocess.Popen[bytes]
+) -> None:
+    """With DataLoaders and two ranks: above."""
+    rank = rank_with_workers
+    told = [json.loads(path.read_text()) for path in tmp_path.glob("worker-*.json")]
+    workers = not_trainctls(rank.pid)
+    assert {worker["pid"] for worker in told} <= set(workers)
+    assert len(workers) > len(METHODS), "and the server that forks some of them"
+    assert not [name for worker in told for name in worker["threads"] if "trainctl" in name]
+    assert sockets(rank.pid), "the link at least"
+    assert not [pid for pid in workers if sockets(pid) & sockets(rank.pid)], "no worker holds a socket of ours"
+    with frozen(workers):
+        killed = time.time()
+        rank.kill()
+        rank.wait(10)
+
+        def lost() -> list[StateChanged]:
+            record = load_record(tmp_path / "run")
+            return [event for event in record.events if isinstance(event, StateChanged) and event.state == "lost"]
+
+        (event,) = until(lost, 20, what="lost")
+        assert "died without a word" in str(event.reason)
+        assert event.time - killed < SILENCE_S, "by its end, not by its silence; bench/rank_death.py has the time"
+        nothing_stays_taken(set())
+        assert all(psutil.Process(pid).status() == psutil.STATUS_STOPPED for pid in workers), "they lived through"
 
 
 def _zombie(pid: int) -> bool:

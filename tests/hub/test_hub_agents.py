@@ -3,17 +3,22 @@
 import asyncio
 import contextlib
 import os
+import signal
 import socket
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import pytest
 from hub_double import following, hub_running, peer_of, rank_linked, snapshot, snapshot_when
 
+from trainctl.hub.awake import AwakeClock
 from trainctl.store.replay import load_record
 from trainctl.wire.cards import write_card
+from trainctl.wire.follower import Follower
 from trainctl.wire.keys import Authority, source_keys, user_keys
 from trainctl.wire.messages import (
+    Beat,
     Card,
     Envelope,
     LinkAgents,
@@ -25,6 +30,7 @@ from trainctl.wire.messages import (
     SourceAddress,
     Stream,
 )
+from trainctl.wire.peer import Peer
 from trainctl.wire.server import Caller, Identity, Server
 
 
@@ -129,3 +135,54 @@ def test_readings_are_relayed_a_silent_agent_is_lost_and_one_that_comes_back_is_
         assert load_record(run_dir).nodes["node-a"].cpu == 12.0
 
     asyncio.run(scenario())
+
+
+async def heard_for(server: Server, beats: int) -> None:
+    """Follow an agent until it has beaten so often, once a second."""
+    address = address_of(server)
+    peer = await Peer.connect(address.addresses, address.server_key, user_keys())
+    try:
+        async for item in Follower(peer, streams=("nodes",), snapshot=False).items():
+            beats -= isinstance(item, Beat)
+            if not beats:
+                return
+    finally:
+        peer.close()
+
+
+def test_a_hub_that_stood_still_does_not_call_an_agent_lost(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+
+    async def scenario() -> None:
+        with hub_running(run_dir) as hub, rank_linked(run_dir) as rank:
+            async with agent() as well, peer_of(hub.card()) as peer:
+                rank.say(LinkAgents(agents=[address_of(well)]))
+                seen = asyncio.Event()
+                telling = asyncio.create_task(publishing(well, seen))
+                await snapshot_when(peer, lambda found: found.nodes)
+                seen.set()
+                await telling
+                os.kill(hub.process.pid, signal.SIGSTOP)
+                await heard_for(well, beats=5)
+                os.kill(hub.process.pid, signal.SIGCONT)
+                seen = asyncio.Event()
+                telling = asyncio.create_task(publishing(well, seen))
+                head = well.heads["nodes"]
+                await snapshot_when(peer, lambda found: found.nodes[0].time > head)
+                seen.set()
+                await telling
+                told = [event for event in (await snapshot(peer)).events if isinstance(event, NodeChanged)]
+                assert told == [], "it was heard again as soon as the hub read"
+
+    asyncio.run(scenario())
+
+
+def test_the_time_of_a_hub_that_stands_still_counts_a_second_at_most() -> None:
+    clock = AwakeClock(100.0)
+    for now in (100.5, 101.0, 101.5):
+        clock.pulse(now)
+    assert clock.at(101.8) == pytest.approx(1.8)
+    assert clock.at(121.5) == pytest.approx(2.5), "before it pulses again"
+    clock.pulse(121.5)
+    clock.pulse(125.5)  # starved
+    assert clock.at(126.0) == pytest.approx(4.0)

@@ -18,6 +18,9 @@ from trainctl.wire.messages import (
     LinkProgress,
     LinkRecord,
     LinkWelcome,
+    Note,
+    RankFigures,
+    Ranks,
     Rows,
     RunInfo,
     RunState,
@@ -295,8 +298,36 @@ def test_a_message_that_replaces_itself_goes_out_newest_and_the_goodbye_goes_las
 
 def test_what_no_packet_holds_is_counted_apart(pair: Pair) -> None:
     pair.meet()
-    pair.link.record(rows(1, columns=10_000), 1.0)
+    pair.link.record(Note(time=0.0, step=1, incarnation=1, actor="mk", text="x" * 200_000), 1.0)
     pair.train(1)
     pair.settle()
     assert pair.hub.steps() == [1]
     assert (pair.link.oversize, pair.link.lost) == (1, 0)
+
+
+def test_what_is_too_large_for_one_packet_comes_in_several_and_says_the_same(pair: Pair) -> None:
+    phases = {f"phase_{number}".ljust(16, "x"): 0.0123 for number in range(14)}
+    node = "gpu-node-0123.cluster.example.org"
+    ranks = [
+        RankFigures(rank=rank, node=node, pid=rank, state="running", step=10**6, time=1.7e9, phases_s=phases)
+        for rank in range(400)
+    ]
+    wide = rows(1, columns=10_000)
+    steps = list(range(20_000))
+    data = np.arange(20_000, dtype="<f4").tobytes()
+    column = Column(name="loss", dtype="f4", data=data)
+    long = Rows(attempt=1, incarnation=1, steps=steps, times=[1.7e9] * 20_000, columns=[column])
+    pair.meet()
+    for body in (Ranks(incarnation=3, ranks=ranks), wide, long):
+        pair.link.record(body, 1.0)
+    pair.settle()
+    said = [message.body for message in pair.hub.heard if isinstance(message, LinkRecord)]
+    told = [body for body in said if isinstance(body, Ranks)]
+    assert [figures for body in told for figures in body.ranks] == ranks
+    assert {body.incarnation for body in told} == {3}
+    in_parts = [body for body in said if isinstance(body, Rows) and body.steps == wide.steps]
+    assert [column for body in in_parts for column in body.columns] == wide.columns
+    in_blocks = [body for body in said if isinstance(body, Rows) and len(body.steps) > 1]
+    assert [step for body in in_blocks for step in body.steps] == steps
+    assert b"".join(body.columns[0].data for body in in_blocks) == data
+    assert (pair.link.oversize, pair.link.lost, pair.link.drained()) == (0, 0, True)

@@ -231,3 +231,13 @@ def test_whatever_is_logged_fits_a_packet_of_the_link(steps: int, names: int, le
     assert all(len(codec.encode(LinkRecord(link=10**9, body=rows))) < 128 * 1024 for rows in made)
     found = table(made)
     assert all(found[name] == [(step, value) for step in range(1, steps + 1)] for name, value in values.items())
+
+
+def test_what_waited_in_a_backlog_fits_too_also_where_a_row_has_one_value() -> None:
+    first = 10**9  # steps and times take more than the value
+    entries: list[Entry] = [
+        StepMark(step, 1.7e9 + step, 0.1, 0, 0, None, None) for step in range(first, first + 20_000)
+    ]
+    made = RowMaker(attempt=1, completed=first - 1).feed(entries)
+    assert [step for rows in made for step in rows.steps] == list(range(first, first + 20_000))
+    assert max(len(codec.encode(LinkRecord(link=10**9, body=rows))) for rows in made) < 128 * 1024

@@ -197,6 +197,16 @@ def test_a_source_is_stale_after_three_seconds_of_silence_on_the_receivers_clock
         rules.check(55.9)
 
 
+def test_a_follower_that_was_stopped_itself_reads_what_came_meanwhile_before_it_calls_the_source_silent() -> None:
+    rules = following(now=50.0)
+    patience_s = rules.patience_s(51.0)
+    rules.waited(51.0, patience_s, 65.0)  # it was to end at 53: eleven seconds of sleep, or more
+    assert rules.patience_s(65.0) == patience_s == 2.0
+    rules.waited(65.0, patience_s, 66.9)
+    with pytest.raises(SourceGone, match="silent"):
+        rules.waited(65.0, patience_s, 67.1)
+
+
 def test_what_is_missing_is_asked_for_after_the_jitter_and_not_if_it_comes_by_itself() -> None:
     rules = following(now=0.0)
     assert rules.take(note(2), 1.0) == []

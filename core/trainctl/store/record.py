@@ -275,6 +275,11 @@ class RunRecord:
         """The newest number of rank 0's own counting that is recorded of an attempt, 0 if none is."""
         return self._links.have(attempt)
 
+    def knows(self, attempt: int) -> bool:
+        """Whether the newest attempt is this one, and its beginning is recorded."""
+        began = any(isinstance(event, StateChanged) for event in self.events)
+        return attempt == self.state.attempt and (began or self.link_have(attempt) > 0)
+
     @property
     def pending(self) -> list[CommandUpdate]:
         """Commands that were accepted and have no outcome yet, oldest first."""

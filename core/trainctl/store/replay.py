@@ -9,6 +9,7 @@ import msgspec
 from trainctl.store.blocks import Block
 from trainctl.store.frames import Damage, Frame, missing_segment, read_frames
 from trainctl.store.journal import JournalIndex
+from trainctl.store.left_behind import take_left
 from trainctl.store.packed import UNUSABLE, PackedDamage, PackedRows, decode_packed, envelopes_of, sealed_of
 from trainctl.store.record import RunRecord
 from trainctl.store.saved import read_index
@@ -108,7 +109,7 @@ def replay_journal(record: RunRecord, index: JournalIndex, journal: Path) -> Non
 
 
 def load_record(run_dir: Path) -> RunRecord:
-    """The run that a directory holds, replayed from its journal. Raises `NoRecord`.
+    """The run that a directory holds, replayed from its journal and from what rank 0 left beside it. Raises `NoRecord`.
 
     A recording that ends without a final state is of a run that was lost. The directory may have been moved.
     """
@@ -117,6 +118,7 @@ def load_record(run_dir: Path) -> RunRecord:
     journal = RunDir(directory).journal
     try:
         replay_journal(record, JournalIndex(journal), journal)
+        take_left(record, directory)
     except OSError as error:
         raise NoRecord(f"the journal in {journal} cannot be read: {error}") from None
     for damage in record.damage:

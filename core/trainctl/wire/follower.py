@@ -132,11 +132,13 @@ class Follower:
 
     async def _hear(self, rules: Following, socket: zmq.asyncio.Socket) -> Sequence[Item]:
         """What one message brings, if one comes in time."""
-        item = await self._receive_within(socket, rules.patience_s(time.monotonic()))
+        asked = time.monotonic()
+        patience_s = rules.patience_s(asked)
+        item = await self._receive_within(socket, patience_s)
         now = time.monotonic()
         match item:
             case None:
-                rules.check(now)
+                rules.waited(asked, patience_s, now)
                 return []
             case Beat():
                 rules.take_heads(item.epoch, item.heads, now)

@@ -9,6 +9,7 @@
     hub.log              what the hub had to say
     launchers/HOST-PID/  a `trainctl run` that would start the next attempt, and what is wanted of it (wire/launcher.py)
     preempted.json       the last attempt that was preempted, and why (wire/preemption.py)
+    left-000001          what attempt 1 ended with and the hub did not take, until it does (wire/left_behind.py)
 
 Numbers are given out by creating a file with O_EXCL and syncing its directory: one winner on any file system, shared
 ones too, and no number is ever given twice.
@@ -21,6 +22,7 @@ import re
 import secrets
 import socket
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -59,13 +61,13 @@ def make_dir(path: Path) -> None:
         fsync_dir(path.parent)
 
 
-def write_atomic(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Replace `path` as a whole: written beside it, synced, renamed, directory synced."""
+def write_atomic(path: Path, data: bytes | Iterable[bytes], mode: int = 0o600) -> None:
+    """Replace `path` as a whole: written beside it, synced, renamed, directory synced. Raises OSError."""
     beside = path.with_name(f".{path.name}.{secrets.token_hex(6)}.new")
     handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)

@@ -18,6 +18,7 @@ from trainctl.wire.messages import Envelope, Number, Stream
 
 STALE_AFTER_S = 3.0
 WAITING_LIMIT = 5_000
+_LATE_S = 1.0
 
 
 class Unreadable(msgspec.Struct, frozen=True, kw_only=True):
@@ -174,6 +175,13 @@ class Following:
         """Raise `SourceGone` if the source has been silent for too long."""
         if now - self._heard >= STALE_AFTER_S:
             raise SourceGone("silent")
+
+    def waited(self, asked: float, patience_s: float, now: float) -> None:
+        """Nothing came while `patience_s` was waited from `asked` on: `check`, unless that wait ended late. Then the
+        follower itself was stopped or starved, and what came meanwhile is still to be read."""
+        if now - asked > patience_s + _LATE_S:
+            self._heard += now - asked
+        self.check(now)
 
     def take(self, item: Numbered, now: float) -> list[Envelope]:
         """Take what was published; return what is in order now. Raises `SourceGone` if the source restarted."""

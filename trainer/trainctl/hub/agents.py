@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
+from trainctl.hub.awake import PULSE_S, AwakeClock
 from trainctl.wire.cards import read_cards
 from trainctl.wire.follower import STALE_AFTER_S, Follower, SourceGone
 from trainctl.wire.keys import KeyPair
@@ -14,7 +15,11 @@ _BACKOFF_S = (0.5, 5.0)
 
 
 class AgentRelay:
-    """One task for each agent. `take` records a body, `state` says where the run is."""
+    """One task for each agent. `take` records a body, `state` says where the run is.
+
+    An agent is lost when this hub has not heard it for 3 s in which it could have: a hub that is stopped or starved
+    hears nobody.
+    """
 
     def __init__(
         self, *, keys: KeyPair, take: Callable[[NodeReading | NodeChanged], object], state: Callable[[], RunState]
@@ -23,6 +28,8 @@ class AgentRelay:
         self._take = take
         self._state = state
         self._tasks: dict[str, tuple[SourceAddress, asyncio.Task[None]]] = {}
+        self._clock = AwakeClock(time.monotonic())
+        self._pulse: asyncio.Task[None] | None = None
 
     def follow(self, agents: list[SourceAddress]) -> None:
         """These are the run's agents now: begin, go on or leave accordingly.
@@ -31,6 +38,8 @@ class AgentRelay:
         """
         if not agents:
             return
+        if self._pulse is None:
+            self._pulse = asyncio.create_task(self._pulse_for_ever())
         wanted = {agent.source or agent.node: agent for agent in agents}
         for source, (address, task) in list(self._tasks.items()):
             if wanted.get(source) != address:
@@ -49,19 +58,28 @@ class AgentRelay:
 
     async def close(self) -> None:
         tasks = [task for _, task in self._tasks.values()]
+        tasks += [self._pulse] if self._pulse is not None else []
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    async def _pulse_for_ever(self) -> None:
+        while True:
+            self._clock.pulse(time.monotonic())
+            await asyncio.sleep(PULSE_S)
+
+    def _now(self) -> float:
+        return self._clock.at(time.monotonic())
+
     async def _one(self, agent: SourceAddress) -> None:
-        watch = _Watch(agent.node)
+        watch = _Watch(agent.node, self._now())
         backoff_s = _BACKOFF_S[0]
         while True:
             heard_before = watch.heard_at
             try:
                 await self._read(agent, watch)
             except (PeerError, SourceGone, ValueError) as error:
-                if watch.silent(time.monotonic()):
+                if watch.silent(self._now()):
                     self._lost(watch, str(error))
             backoff_s = _BACKOFF_S[0] if watch.heard_at > heard_before else min(2 * backoff_s, _BACKOFF_S[1])
             await asyncio.sleep(backoff_s)
@@ -71,7 +89,7 @@ class AgentRelay:
         peer = await Peer.connect(addresses, server_key, self._keys, name="hub", timeout_s=STALE_AFTER_S)
         try:
             async for item in Follower(peer, streams=("nodes",), snapshot=False).items():
-                if watch.heard(time.monotonic()):
+                if watch.heard(self._now()):
                     self._say(watch.node, "alive", f"the agent of {watch.node} answers again", good=True)
                 if isinstance(item, Envelope) and isinstance(item.body, NodeReading):
                     watch.reading = item.body
@@ -103,12 +121,12 @@ class AgentRelay:
 
 
 class _Watch:
-    """Whether one agent is heard. The clock is an argument."""
+    """Whether one agent is heard. The clock is an argument, and counts the time in which it could be."""
 
-    def __init__(self, node: str) -> None:
+    def __init__(self, node: str, now: float) -> None:
         self.node = node
         self.reading: NodeReading | None = None
-        self.heard_at = time.monotonic()
+        self.heard_at = now
         self.lost = False
 
     def heard(self, now: float) -> bool:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from pathlib import Path
 
 from trainctl.hub.agents import AgentRelay
 from trainctl.hub.board import RunBoard
@@ -11,6 +12,7 @@ from trainctl.hub.desk import CommandDesk
 from trainctl.hub.endings import Endings
 from trainctl.hub.health import Health
 from trainctl.hub.keeper import JournalKeeper
+from trainctl.hub.left_behind import LeftBehind
 from trainctl.hub.link import LinkListener, RankLine, RankLink
 from trainctl.hub.names import NameLimit
 from trainctl.hub.ownership import Ownership
@@ -30,6 +32,7 @@ from trainctl.wire.messages import (
     LinkWelcome,
     Ranks,
     Rows,
+    RunState,
 )
 
 log = logging.getLogger(__name__)
@@ -37,6 +40,7 @@ log = logging.getLogger(__name__)
 _HELLO_S = 5.0
 _RELINK_S = 2.0
 _DRAIN_S = 0.3
+_LAST_WORDS_S = 10.0
 _TURN_S = 0.02
 _COMES_BACK_S = 10.0
 _RESTARTS_S = 300.0  # a big job takes its time to be scheduled, to meet and to import
@@ -49,6 +53,7 @@ class Attendance:
         self,
         *,
         run_id: str,
+        directory: Path,
         line: RankLine,
         recorder: Recorder,
         keeper: JournalKeeper,
@@ -76,10 +81,16 @@ class Attendance:
         self._names = NameLimit(self._record.metrics.names)
         self._names_told = False
         self._health = health
+        self.left = LeftBehind(
+            directory=directory, record=self._record, board=board, take=self._take_record, end=self._take_bye
+        )
+        self._session_now: asyncio.Task[None] | None = None  # the one that was welcomed last
+        self._giving_up: asyncio.Task[None] | None = None
         self.idle_since = time.monotonic()
 
     async def serve(self, listener: LinkListener) -> None:
         """Take connections until cancelled."""
+        await self.left.bring()
         async with asyncio.TaskGroup() as group:
             while True:
                 group.create_task(self._session(await listener.accept()))
@@ -105,17 +116,26 @@ class Attendance:
         self._roll_call.tick(now, linked=self._line.linked)
         if self._line.linked:
             self._board.become(life.tick(wall, now))
-        elif not life.ended and self._board.state.attempt > 0 and now - self.idle_since > self.patience_s:
-            ending = self._endings.of(self._board.state.attempt)
-            # Without an ending this hub was started again, and rank 0 went meanwhile.
-            if ending is None and (told := self._endings.preempted(self._board.state.attempt)) is not None:
-                self._desk.rank_gone(told, ended=False)
-                return
-            reason = "rank 0 did not come back to the hub"
-            if ending is not None:
-                reason = f"{ending.reason}: no new attempt came within {self.patience_s:.0f} s"
-            self._board.become(life.lost(reason, wall))
-            self._desk.rank_gone(reason, ended=False)
+            return
+        gone = not life.ended and self._board.state.attempt > 0 and now - self.idle_since > self.patience_s
+        if gone and (self._giving_up is None or self._giving_up.done()):
+            self._giving_up = asyncio.create_task(self._give_up())
+
+    async def _give_up(self) -> None:
+        """Nobody came back: say how the run ended, as far as anybody wrote that down."""
+        await self.left.bring()
+        if self._line.linked or self._board.life.ended:
+            return
+        ending = self._endings.of(self._board.state.attempt)
+        # Without an ending this hub was started again, and rank 0 went meanwhile.
+        if ending is None and (told := self._endings.preempted(self._board.state.attempt)) is not None:
+            self._desk.rank_gone(told, ended=False)
+            return
+        reason = "rank 0 did not come back to the hub"
+        if ending is not None:
+            reason = f"{ending.reason}: no new attempt came within {self.patience_s:.0f} s"
+        self._board.become(self._board.life.lost(reason, time.time()))
+        self._desk.rank_gone(reason, ended=False)
 
     # --- one connection
 
@@ -140,6 +160,8 @@ class Attendance:
             return None
         if not isinstance(message, LinkHello) or message.info.id != self._run_id:
             return None  # another hub that looks whether one is here, or a stranger to this run
+        if message.info.attempt > self._line.attempt:
+            await self._end_the_one_before(message.info.attempt)
         if message.info.attempt < self._line.attempt:
             log.warning("rank 0 of attempt %d came after that of %d", message.info.attempt, self._line.attempt)
             return None
@@ -148,6 +170,13 @@ class Attendance:
         self._welcome(link, message)
         return message
 
+    async def _end_the_one_before(self, attempt: int) -> None:
+        """A new attempt waits until all is read that the one before sent, and left, while this hub did not run."""
+        before = self._session_now
+        if before is not None and not before.done():
+            await asyncio.wait({before}, timeout=_LAST_WORDS_S)
+        await self.left.bring(attempt - 1)
+
     def _welcome(self, link: RankLink, hello: LinkHello) -> None:
         if self._line.link is not None:
             self._line.link.close()
@@ -155,6 +184,7 @@ class Attendance:
         known = self._board.knows(attempt)
         self._keeper.begin_attempt(attempt)
         self._line.link, self._line.attempt = link, attempt
+        self._session_now = asyncio.current_task()
         self._starts_again.learn(hello.pid)
         self._board.take_info(self._starts_again.told_of(hello.info))
         self._roll_call.begin(hello.info)
@@ -176,8 +206,12 @@ class Attendance:
             tasks.append(asyncio.create_task(ended.wait()))
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            # Dead, but what it sent last may be unread; and a forked worker may keep the socket open for long.
-            await asyncio.wait({reading}, timeout=_DRAIN_S)
+            # Dead, but what it sent last may be unread, megabytes where this hub stood still; and a forked worker may
+            # keep the socket open for long.
+            read = -1
+            while not reading.done() and read != link.received:
+                read = link.received
+                await asyncio.wait({reading}, timeout=_DRAIN_S)
             if reading.done():
                 reading.result()
         finally:
@@ -197,7 +231,8 @@ class Attendance:
         self._line.link = None
         self.idle_since = time.monotonic()
         log.info("rank 0 (pid %d) is not linked any more", hello.pid)
-        if self._board.life.ended:
+        await self.left.bring(hello.info.attempt)
+        if self._line.linked or self._board.life.ended:
             return
         if (ending := self._endings.of(hello.info.attempt)) is not None:
             self._endings.become(ending)
@@ -228,7 +263,7 @@ class Attendance:
         self._roll_call.heard()
         match message:
             case LinkRecord():
-                self._take_record(message)
+                self._take_record(message, self._line.attempt, live=True)
             case LinkProgress(run=run):
                 self._board.become(self._board.life.progress(run, time.time(), time.monotonic()))
             case LinkInfo(info=info):
@@ -236,24 +271,25 @@ class Attendance:
             case LinkAgents(agents=agents):
                 self._agents.follow(agents)
             case LinkBye():
-                self._take_bye(message)
+                self._take_bye(message, self._line.attempt, time.time())
             case LinkHello():
                 log.warning("rank 0 said hello twice")
 
-    def _take_bye(self, bye: LinkBye) -> None:
-        if (ending := self._endings.overrules(bye, self._line.attempt)) is not None:
+    def _take_bye(self, bye: LinkBye, attempt: int, at: float, run: RunState | None = None) -> None:
+        """Rank 0 ended in order, `at` Unix time; `run` is its last word on itself, where that did not come yet."""
+        if (ending := self._endings.overrules(bye, attempt)) is not None:
             self._endings.become(ending)
             self._desk.rank_gone(ending.reason, ended=True)
             return
-        self._board.become(self._board.life.bye(bye, time.time()))
+        self._board.become(self._board.life.bye(bye, at, run))
         self._desk.rank_gone(f"the run is {self._board.state.state}", ended=True)
 
-    def _take_record(self, message: LinkRecord) -> None:
-        attempt = self._line.attempt
+    def _take_record(self, message: LinkRecord, attempt: int, *, live: bool = False) -> None:
+        """Record what is new. Not `live` is what a rank 0 left that is gone: nobody is judged by it any more."""
         if message.link <= self._record.link_have(attempt):
             return  # sent again, to be sure
         body = message.body
-        if isinstance(body, Ranks):
+        if isinstance(body, Ranks) and live:
             body = self._roll_call.judged(body)
         elif isinstance(body, Rows):
             body = self._admitted(body)

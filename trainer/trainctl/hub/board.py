@@ -54,8 +54,7 @@ class RunBoard:
 
     def knows(self, attempt: int) -> bool:
         """Whether an attempt's beginning is recorded already."""
-        began = any(isinstance(event, StateChanged) for event in self._record.events)
-        return attempt == self.state.attempt and (began or self._record.link_have(attempt) > 0)
+        return self._record.knows(attempt)
 
     def begin(self, hello: LinkHello) -> None:
         """Rank 0 of a new attempt is there."""

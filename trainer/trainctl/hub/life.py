@@ -66,9 +66,10 @@ class RunLife:
             self.state = msgspec.structs.replace(self._said, state="stalled", since=since, reason=reason)
         return self.state
 
-    def bye(self, bye: LinkBye, wall: float) -> RunState:
-        """Rank 0 ended in order."""
+    def bye(self, bye: LinkBye, wall: float, run: RunState | None = None) -> RunState:
+        """Rank 0 ended in order; `run` is what it said of itself last, where that is not known yet."""
         self._said_bye = True
+        self.state = self.state if run is None else run
         state = bye.state if bye.state in FINAL_STATES else "failed"
         reason = bye.reason if bye.reason or state == bye.state else f"rank 0 left while {bye.state}"
         return self._end(state, reason, wall, bye.step)

@@ -33,7 +33,7 @@ class RankLink:
         self._buffer = bytearray(codec.DATA_LIMIT)
         self._decode = codec.from_rank_decoder()
         self._unsent: deque[bytes] = deque()
-        self._received = 0
+        self.received = 0  # how often a packet was waited for
         self._misfits = 0
         self._dead: asyncio.Event | None = None
         self._pidfd = -1
@@ -54,8 +54,8 @@ class RankLink:
         """The next message, or None when the other end closed. Packets that are no messages are counted and skipped."""
         loop = asyncio.get_running_loop()
         while not self.closed:
-            self._received += 1
-            if self._received % _FAIRNESS == 0:
+            self.received += 1
+            if self.received % _FAIRNESS == 0:
                 await asyncio.sleep(0)  # reading what is there never suspends, and others want to run
             try:
                 size = await loop.sock_recv_into(self._socket, self._buffer)

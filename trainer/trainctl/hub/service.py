@@ -68,7 +68,7 @@ class Hub:
             run_dir.create()
         except OSError as error:
             log.warning("the run's directory cannot be written, history stays in memory: %s", error)
-        disk = Disk()
+        self._disk = disk = Disk()
         self._ownership = Ownership(run_dir, disk)
         index = JournalIndex(run_dir.journal)
         self._record = _load(options, run_dir, index)
@@ -112,6 +112,7 @@ class Hub:
         recorder.follow(roll_call.follow)
         self._attendance = Attendance(
             run_id=options.run_id,
+            directory=run_dir.path,
             line=self._line,
             recorder=recorder,
             keeper=self._keeper,
@@ -213,8 +214,11 @@ class Hub:
         syncing = Aside(self._keeper.sync)
         while True:
             await asyncio.sleep(_TICK_S)
+            taken = list(self._attendance.left.taken) if self._keeper.safe_to_index else []
             if await _at_last(syncing):
                 self._attendance.acknowledge(self._keeper.synced_link, self._line.attempt)
+                if taken and self._ownership.held():
+                    self._attendance.left.forget(taken, self._disk)
 
     async def _end(self) -> None:
         await self._alerts.close()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
 from trainctl.trainer.forks import no_fork
+from trainctl.trainer.packets import halves
 from trainctl.wire import codec
 from trainctl.wire.messages import (
     Event,
@@ -127,7 +128,7 @@ class Link:
     ) -> None:
         self._path = str(link_socket(run_id))
         self._hub = hub
-        self._hello = hello
+        self.hello = hello
         self._keep_s = keep_s
         self._keep_bytes = keep_bytes
         self._decode = codec.to_rank_decoder()
@@ -161,11 +162,15 @@ class Link:
         return not self._kept or self._kept[0][0] > number
 
     def record(self, body: Rows | Ranks | Event, now: float) -> None:
-        """Number a record, keep it until the hub has it on disk, and queue it."""
+        """Number a record, keep it until the hub has it on disk, and queue it; as several where no packet holds it."""
         encoded = codec.encode(LinkRecord(link=self._next, body=body))
         weight = len(body.steps) if isinstance(body, Rows) else 1
         if len(encoded) > _PACKET_LIMIT:
-            self.oversize += weight
+            if (parts := halves(body)) is None:
+                self.oversize += weight
+                return
+            for part in parts:
+                self.record(part, now)
             return
         record = (self._next, now, weight, encoded)
         self._next += 1
@@ -228,6 +233,12 @@ class Link:
         """For select; -1 while there is no connection."""
         return self._socket.fileno() if self._socket is not None else -1
 
+    def left(self) -> list[tuple[int, int, bytes]]:
+        """What is not known to be on disk: number, rows or events, and encoded; the last is empty where it is not kept
+        any longer, and the hub has it if it reads what the socket took."""
+        doubtful = [(number, weight, b"") for number, weight, _ in self._doubtful]
+        return doubtful + [(number, weight, encoded) for number, _, weight, encoded in self._kept]
+
     def close(self) -> None:
         if self._socket is not None:
             self._socket.close()
@@ -248,7 +259,7 @@ class Link:
             self._hub.ensure(now)
             return
         self._welcomed = False
-        self._notes = {LinkHello: _Note(0, codec.encode(self._hello()))}
+        self._notes = {LinkHello: _Note(0, codec.encode(self.hello()))}
 
     def _receive(self) -> list[ToRank]:
         received: list[ToRank] = []

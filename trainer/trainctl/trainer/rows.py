@@ -13,8 +13,10 @@ from trainctl.trainer.names import Names
 from trainctl.wire.messages import Column, Rows
 
 LOGS_A_STEP = 200
-# So that a `Rows` fits one packet of the link: what its columns take, and what a column takes beside its name and data.
+# So that a `Rows` fits one packet of the link: what its rows take, what of that a row's step and time do, and what a
+# column takes beside its name and data.
 _ROWS_BYTES = 64 * 1024
+_STEP_BYTES = 18
 _COLUMN_BYTES = 40
 
 _Row: TypeAlias = tuple[int, float, dict[str, float]]
@@ -154,7 +156,7 @@ class RowMaker:
         while start < len(rows):
             names = tuple(rows[start][2])
             end = start + 1
-            limit = max(1, _ROWS_BYTES // (8 * max(1, len(names))))
+            limit = max(1, _ROWS_BYTES // (_STEP_BYTES + 8 * len(names)))
             while end < len(rows) and tuple(rows[end][2]) == names and end - start < limit:
                 end += 1
             made.extend(self._rows(rows[start:end], names))
@@ -179,12 +181,13 @@ class RowMaker:
 def _parts(names: Sequence[str], rows: int) -> list[tuple[int, int]]:
     """The names, by their numbers, in as many parts as packets need; nearly always one."""
     parts: list[tuple[int, int]] = []
-    first, size = 0, 0
+    base = _STEP_BYTES * rows
+    first, size = 0, base
     for number, name in enumerate(names):
         needed = len(name.encode()) + _COLUMN_BYTES + 8 * rows
         if size + needed > 1.5 * _ROWS_BYTES and number > first:
             parts.append((first, number))
-            first, size = number, 0
+            first, size = number, base
         size += needed
     return [*parts, (first, len(names))]
 

@@ -18,6 +18,7 @@ from trainctl.trainer.drops import DropWatch
 from trainctl.trainer.exchange import Exchange
 from trainctl.trainer.figures import Pace, lost_here, run_state
 from trainctl.trainer.leader import Leader
+from trainctl.trainer.leaving import leave_behind
 from trainctl.trainer.link import Link, wait_readable
 from trainctl.trainer.patience import LIMIT_S, SILENT_S, Patience
 from trainctl.trainer.preemption import Preemption
@@ -41,6 +42,7 @@ from trainctl.wire.messages import (
     Ranks,
     Rows,
     RunInfo,
+    RunState,
     SourceAddress,
 )
 from trainctl.wire.own_ids import AUTO_RESUME
@@ -52,7 +54,7 @@ _FIGURES_S = 1.0
 _STATE_S = 0.5
 _RESUME_AGAIN_S = 5.0
 _BATCH = 20_000
-_RANKS_A_RECORD = 200  # so that a record fits a packet of the link, whatever the world size
+_RANKS_A_RECORD = 200  # nearly always fits a packet of the link, which cuts what does not
 _LEAVE_S = 5.0  # for the exchange between the ranks and the deletions, before and beside that
 _NO_STEP_S = 30.0
 _DELETED_S = 2.0
@@ -301,20 +303,22 @@ class Sender(threading.Thread):
     def _tell_progress(self) -> dict[str, int]:
         """Tell what is true of the run now; return what was dropped so far."""
         assert self._link is not None
+        run = self._progress()
+        self._link.tell(LinkProgress(run=run))
+        return run.dropped
+
+    def _progress(self) -> RunState:
         state = self._core.state()
         if state != self._state_since[0]:
             self._state_since = (state, time.time())
-        dropped = self._dropped()
-        run = run_state(
+        return run_state(
             self._core,
             self._pace,
             self._tally,
             since=self._state_since[1],
             step_time=self._step_time,
-            dropped=dropped,
+            dropped=self._dropped(),
         )
-        self._link.tell(LinkProgress(run=run))
-        return dropped
 
     def _undo_what_is_due(self) -> None:
         """Changes on trial whose time is over: undone, unless their condition holds at that boundary."""
@@ -384,12 +388,8 @@ class Sender(threading.Thread):
             wait_readable(link, 0.02)
         if not taken:
             self._take_the_rest(time.monotonic(), wait=False)
-        if (left := link.waiting()) > 0:
-            log.warning(
-                "trainctl: the hub did not take the last %d rows and events before this process ended: they are "
-                "missing from the run's history, unless the hub still reads what the link holds",
-                left,
-            )
+        if said != link.connects or not link.drained():
+            leave_behind(link, self._core.identity.directory, run=self._progress(), bye=self._bye)
         link.close()
 
     def _take_the_rest(self, now: float, *, wait: bool) -> bool:
