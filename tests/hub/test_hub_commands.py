@@ -459,6 +459,24 @@ def test_a_cut_log_is_found_by_the_hub_whatever_the_asker_can_see(tmp_path: Path
     asyncio.run(scenario())
 
 
+def test_a_line_that_the_hub_itself_wrote_is_missed_at_once(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+
+    async def scenario() -> None:
+        with hub_running(run_dir) as hub:
+            async with peer_of(hub.card()) as peer:
+                await first_reply(peer, request(AddNote(text="hm"), "n"))
+                await asyncio.to_thread(until, lambda: len(audited(run_dir)) == 2)
+                ask = AuditRequest(req=0, verify=True)
+                assert (await peer.ask(ask, AuditLines)).problem is None
+                lines = (run_dir / "audit.jsonl").read_text().splitlines(keepends=True)
+                (run_dir / "audit.jsonl").write_text(lines[0])
+                cut = await peer.ask(ask, AuditLines)
+                assert "line 2 is missing: its hub knows the hash of a line that is not here" in str(cut.problem)
+
+    asyncio.run(scenario())
+
+
 def test_a_run_directory_that_cannot_be_written_costs_the_record_and_nothing_else(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.write_text("not a directory: refuses root too, as no mode does")

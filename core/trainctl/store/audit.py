@@ -140,16 +140,23 @@ def verify_audit(path: Path, kept: Mapping[str, str] | None = None) -> AuditProb
     return verify_lines(_lines(path), kept)
 
 
-def check_audit(path: Path, kept: Mapping[str, str]) -> tuple[int, str | None]:
-    """The same, for who is not here: how many lines there are, and the problem in words. Raises OSError."""
-    problem = verify_audit(path, kept)
+def check_audit(path: Path, kept: Mapping[str, str], head: str = FIRST) -> tuple[int, str | None]:
+    """The same, for who is not here: how many lines there are, and the problem in words. Raises OSError.
+
+    `head` is the hash of the line that whoever writes the log wrote last, if it is known.
+    """
+    problem = verify_lines(_lines(path), kept, head)
     return sum(1 for _ in _lines(path)), None if problem is None else str(problem)
 
 
-def verify_lines(lines: Iterable[str], kept: Mapping[str, str] | None = None) -> AuditProblem | None:
-    """The same for lines at hand, oldest first."""
+def verify_lines(
+    lines: Iterable[str], kept: Mapping[str, str] | None = None, newest: str = FIRST
+) -> AuditProblem | None:
+    """The same for lines at hand, oldest first; `newest` is the hash of the one that was written last, if known."""
     head, number = FIRST, 0
-    missing = dict(kept or {})
+    missing = {found: f"checkpoint {where} keeps" for found, where in (kept or {}).items()}
+    if newest != FIRST:
+        missing.setdefault(newest, "its hub knows")
     for number, line in enumerate(lines, start=1):
         try:
             found = json.loads(line)
@@ -169,7 +176,7 @@ def verify_lines(lines: Iterable[str], kept: Mapping[str, str] | None = None) ->
         missing.pop(head, None)
     if missing:
         where = next(iter(missing.values()))
-        text = f"is missing: checkpoint {where} keeps the hash of a line that is not here: the log was cut or rewritten"
+        text = f"is missing: {where} the hash of a line that is not here: the log was cut or rewritten"
         return AuditProblem(line=number + 1, text=text)
     return None
 

@@ -223,4 +223,5 @@ class Requests:
 
     def _check_audit(self) -> tuple[int, str | None]:
         # Here, where the whole log lies: whoever asks may see neither the directory nor more than a reply holds.
-        return check_audit(self._audit.path, kept_audit_heads(self._run_dir.checkpoints))
+        head = self._audit.head  # read first: what is written meanwhile comes behind it
+        return check_audit(self._audit.path, kept_audit_heads(self._run_dir.checkpoints), head)

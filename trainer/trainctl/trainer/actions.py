@@ -19,6 +19,7 @@ from trainctl.trainer.data_place import DataPlace, DataUnreadable, move_back, mo
 from trainctl.trainer.evaluated import Evaluated, put_back, survey_of, survives
 from trainctl.trainer.evaluation import evaluate
 from trainctl.trainer.gathering import not_all_came
+from trainctl.trainer.newest import on_their_way
 from trainctl.trainer.on_the_way import CalledOff, Reading
 from trainctl.trainer.outcomes import update_of
 from trainctl.trainer.preemption import Signalled, heard_while_paused
@@ -384,7 +385,9 @@ def unmet(core: Core, command: Command) -> str | None:
     if expression(values):
         return None
     found = ", ".join(f"{name} is {values.get(name, 'unknown')}" for name in sorted(expression.names))
-    return f"the condition {command.condition!r} does not hold: {found}"
+    late = sorted(expression.names & on_their_way(core))
+    of = f" (of an earlier step: a newer {', '.join(late)} is still on its device)" if late else ""
+    return f"the condition {command.condition!r} does not hold: {found}{of}"
 
 
 def begin_save(

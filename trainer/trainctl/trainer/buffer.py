@@ -66,6 +66,7 @@ class RowBuffer:
 
     def __init__(self, capacity: int = CAPACITY, *, values: int = VALUES, pools: Pools | None = None) -> None:
         self.entries: deque[Entry] = deque()
+        self.taken: list[Entry] = []
         self.capacity = capacity
         self.room = values  # how many values the training thread may ever have put; raised as the sender takes them
         self.put_values = 0  # written by the training thread alone
@@ -102,7 +103,7 @@ class RowBuffer:
     def take(self, limit: int) -> list[Entry]:
         """The oldest entries, up to the first that still waits for a device. All their values have arrived."""
         taken: list[Entry] = []
-        entries = self.entries
+        self.taken, entries = taken, self.entries
         while entries and len(taken) < limit:
             first = entries[0]
             if not isinstance(first, StepMark | Rewind):
@@ -110,8 +111,14 @@ class RowBuffer:
                 if first[2] and not self._landed(first):
                     break
                 self.room += count if count > NARROW else 0
-            taken.append(entries.popleft())
+            taken.append(first)  # before it is gone from there, for `waiting` looks from another thread
+            entries.popleft()
         return taken
+
+    def waiting(self) -> list[Entry]:
+        """What was taken last, which may not be told yet, and what was not taken; some of it twice."""
+        entries = list(self.entries)
+        return [*self.taken, *entries]
 
     def _landed(self, entry: Logged) -> bool:
         _, values, arrivals = entry

@@ -7,6 +7,7 @@ from typing import TypeAlias
 
 from trainctl.trainer.agreement import Outcome, Proposal, kept_by
 from trainctl.trainer.core import Core
+from trainctl.trainer.newest import newest_metrics
 from trainctl.trainer.override_rules import group_of, names_in, rows_of, rules_from, undone
 from trainctl.trainer.reverts import Kept, Revert, TunableWas
 from trainctl.wire.commands import LrRelease, LrScale, LrSet, SetTunable
@@ -126,7 +127,7 @@ def _holds(revert: Revert) -> str:
 
 def condition_values(core: Core) -> dict[str, Value]:
     """What conditions may ask about, as it is now on this rank."""
-    values: dict[str, Value] = {**core.last_metrics, "step": core.boundary.completed}
+    values: dict[str, Value] = {**newest_metrics(core), "step": core.boundary.completed}
     values |= {"state": core.state(), "incarnation": core.incarnation}
     if core.overrides is not None:
         values["lr"] = core.overrides.effective_lr()
