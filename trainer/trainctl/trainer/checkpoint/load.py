@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from trainctl.trainer.checkpoint.capture import Captured
 from trainctl.trainer.checkpoint.errors import CheckpointError, RanksLost, UnreadFile
 from trainctl.trainer.checkpoint.index import read_index
+from trainctl.trainer.checkpoint.param_groups import compare_groups
 from trainctl.trainer.checkpoint.ranks import Ranks
 from trainctl.trainer.checkpoint.resized import not_exact
 from trainctl.trainer.checkpoint.rng import restore_rng
@@ -181,6 +182,7 @@ def _read_rank(path: Path, manifest: Manifest, ranks: Ranks, state: State, live:
         written, wants = ("by the script's own save=", "load=") if by_script else ("by trainctl", "none of load=")
         raise CheckpointError(f"{manifest.id} was written {written}, so Run.attach needs {wants}: nothing was changed")
     notes = compare_parts(state, live, shared, own)
+    compare_groups(state, live, shared)
     if not same:
         loader = decode(own["loader"], _no_reference) if "loader" in own else None
         notes += not_exact(before=manifest.world_size, now=ranks.world_size, loader=loader)
