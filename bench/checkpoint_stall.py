@@ -11,9 +11,11 @@ warm_copy    into buffers that were allocated and touched before      cold_copy 
 torch_save   torch.save of the state dicts, without fsync             dcp_save     torch.distributed.checkpoint.save
 dcp_async    dcp.async_save with DefaultStager, all its flags off: the configuration that reuses its buffers on a CPU
 ours         Checkpointer.begin_save, on one rank                     ours_write   what then happens in the background
+ours_forked  the same while a process forked since the save before lives, as a DataLoader's workers do in each epoch
 copy_back    from warm buffers into the live tensors                  rollback     load and commit, from memory
 
-`ratio` is ours / warm_copy and `rollback_ratio` rollback / copy_back, each of the medians and of the best.
+`ratio` is ours / warm_copy, `forked_ratio` ours_forked / warm_copy and `rollback_ratio` rollback / copy_back, each of
+the medians and of the best.
 
 `--gate` holds the design's promise: for every size from 100 M parameters on, the best of the `--rounds` rounds of ours
 takes at most 1.1 times the best of the bare copies between them. Where it does not, a sentence says so, and the exit
@@ -42,6 +44,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from trainctl.trainer.checkpoint import Checkpointer, State
+from trainctl.trainer.checkpoint.save import SaveResult
 
 _WIDTH = 2048
 _LEAN_FROM_MILLIONS = 300
@@ -84,6 +87,32 @@ def copied(targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
             target.copy_(source)
 
 
+def saved(checkpointer: Checkpointer, name: str) -> SaveResult:
+    """A save, once it is written."""
+    result = checkpointer.begin_save(id=name, step=1, incarnation=1, attempt=1, metrics={}).result()
+    if result.error is not None:
+        raise SystemExit(result.error)
+    checkpointer.drain()
+    return result
+
+
+@contextmanager
+def forked() -> Iterator[None]:
+    """A process forked from this one, which lives meanwhile and does nothing."""
+    ended, end = os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        os.close(end)
+        os.read(ended, 1)
+        os._exit(0)
+    try:
+        yield
+    finally:
+        os.close(end)
+        os.close(ended)
+        os.waitpid(worker, 0)
+
+
 def measure_ours(scratch: Path, model: nn.Module, optimizer: torch.optim.Optimizer, rounds: int, times: Times) -> int:
     """Ours and the bare copies in turns, so that both see the same machine; the bytes that ours holds."""
     live = tensors_of(model, optimizer)
@@ -103,10 +132,7 @@ def measure_ours(scratch: Path, model: nn.Module, optimizer: torch.optim.Optimiz
         checkpointer.drain()
         with timed(times["warm_copy"]):
             copied(buffers, live)
-        pending = checkpointer.begin_save(id=name, step=number, incarnation=1, attempt=1, metrics={})
-        result = pending.result()
-        if result.error is not None:
-            raise SystemExit(result.error)
+        result = saved(checkpointer, name)
         times["ours"].append(result.stall_s)
         times["ours_write"].append(result.write_s)
         with timed(times["copy_back"]):
@@ -121,6 +147,10 @@ def measure_ours(scratch: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     with timed(times["cold_copy"]):
         fresh = [torch.empty_like(tensor) for tensor in live]
         copied(fresh, live)
+    for number in range(rounds):  # last, because the bare copies' buffers would be shared with the worker
+        with forked():
+            times["ours_forked"].append(saved(checkpointer, f"forked-{number}").stall_s)
+        shutil.rmtree(scratch / "checkpoints")
     return checkpointer.memory_bytes
 
 
@@ -150,7 +180,7 @@ def measure_peers(scratch: Path, state: Callable[[], dict[str, Any]], rounds: in
 def measure(millions: int, rounds: int, peer_rounds: int) -> dict[str, object]:
     model, optimizer = build(millions)
     live = tensors_of(model, optimizer)
-    names = ("warm_copy", "cold_copy", "ours", "ours_write", "copy_back", "rollback")
+    names = ("warm_copy", "cold_copy", "ours", "ours_forked", "ours_write", "copy_back", "rollback")
     peers = ("torch_save", "dcp_save", "dcp_async", "dcp_async_first")
     times: Times = {name: [] for name in (*names, *peers)}
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR", "/tmp")) as scratch:
@@ -170,6 +200,10 @@ def measure(millions: int, rounds: int, peer_rounds: int) -> dict[str, object]:
         "best": {name: round(value, 4) for name, value in best.items()},
         "median": {name: round(value, 4) for name, value in median.items()},
         "ratio": {"median": _over(median, "ours", "warm_copy"), "best": _over(best, "ours", "warm_copy")},
+        "forked_ratio": {
+            "median": _over(median, "ours_forked", "warm_copy"),
+            "best": _over(best, "ours_forked", "warm_copy"),
+        },
         "rollback_ratio": {
             "median": _over(median, "rollback", "copy_back"),
             "best": _over(best, "rollback", "copy_back"),

@@ -35,6 +35,8 @@ class Training:
         self.model = model
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
         self.value: Any = rank
+        self.generator = torch.Generator().manual_seed(rank)
+        self.seen = torch.zeros(2 + rank)
         self.checkpointer = Checkpointer(
             directory=directory / name,
             run_id="test",
@@ -44,7 +46,11 @@ class Training:
             state=State(
                 models=[model],
                 optimizers=[self.optimizer],
-                tracked={"value": Accessor(get=lambda: self.value, set=self._set)},
+                tracked={
+                    "value": Accessor(get=lambda: self.value, set=self._set),
+                    "generator": Accessor(get=self.generator.get_state, set=self.generator.set_state),
+                    "seen": Accessor(get=lambda: self.seen, set=self._set_seen),
+                },
             ),
             memory_checkpoints=0,  # what is on disk is what is tested here
         )
@@ -52,7 +58,17 @@ class Training:
     def _set(self, value: Any) -> None:
         self.value = value
 
+    def _set_seen(self, seen: Any) -> None:
+        self.seen = seen
+
+    def own(self) -> list[list[float]]:
+        """What no other rank has: statistics of its own batches, what it noted, what it will draw."""
+        drawn = torch.rand(3, generator=torch.Generator().set_state(self.generator.get_state()))
+        buffers = [full(buffer).reshape(-1) for buffer in bare(self.model).buffers()]
+        return [tensor.tolist() for tensor in (*buffers, self.seen, drawn)]
+
     def run(self, steps: int) -> list[float]:
+        self.seen = self.seen + rank + torch.rand(1, generator=self.generator)
         losses = []
         for _ in range(steps):
             loss = self.model(torch.randn(4, 6)).pow(2).mean()
@@ -102,15 +118,22 @@ def exact(make: Callable[[], nn.Module], group: Any, name: str) -> None:
     whole = {name: full(tensor) for name, tensor in bare(training.model).state_dict().items()}
     if rank == 0:
         torch.save(whole, directory / f"{name}-weights.pt")
+    own = training.own()
+    alike: list[Any] = [None] * world_size
+    dist.all_gather_object(alike, own, group=group)
+    differ = [mine != theirs for mine, theirs in zip(*alike, strict=True)]
+    assert differ == [True, True, False, True, True], "each but the count of batches: else this shows nothing"
     expected = training.run(3)
     for _ in range(2):
         assert training.restore("two") == ()
         assert training.value == rank
+        assert training.own() == own
         assert training.run(3) == expected
     fresh = Training(make(), group, name=name)
     if name == "ddp":  # its reducer rebuilds the buckets after the first step
         fresh.run(2)
     fresh.restore("two")
+    assert fresh.own() == own
     assert fresh.run(3) == expected
 
 

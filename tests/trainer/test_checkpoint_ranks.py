@@ -64,7 +64,11 @@ def alone(directory: Path) -> tuple[Checkpointer, nn.Sequential, torch.optim.Opt
         state=State(
             models=[model],
             optimizers=[optimizer],
-            tracked={"value": Accessor(get=lambda: 0, set=values.append)},
+            tracked={
+                "value": Accessor(get=lambda: 0, set=values.append),
+                "seen": Accessor(get=lambda: torch.zeros(2), set=lambda seen: values.append(seen.numel())),
+                "generator": Accessor(get=torch.get_rng_state, set=lambda _state: None),
+            },
         ),
     )
     return checkpointer, model, optimizer, values
@@ -76,8 +80,13 @@ def test_one_process_reads_what_two_ranks_wrote(made_by_two: Path, name: str) ->
     checkpointer, model, optimizer, values = alone(made_by_two / name)
     loaded = checkpointer.load("two")
     checkpointer.commit(loaded)
-    assert loaded.notes == ("written by 2 ranks and read by 1: random numbers are not restored",)
-    assert values == [0]
+    (numbers, apart) = loaded.notes
+    assert numbers == "written by 2 ranks and read by 1: random numbers are not restored"
+    assert apart == (
+        "each rank had its own model.0.1.running_mean, model.0.1.running_var, tracked.generator and 1 more: "
+        "every rank gets that of the lowest rank"
+    )
+    assert values == [0, 2]
     for parameter in model.parameters():
         state = optimizer.state[parameter]
         assert state["exp_avg"].shape == parameter.shape

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from trainctl.trainer.best_weights import BestWeights
 from trainctl.trainer.early_stopping import EarlyStopping
 from trainctl.trainer.ema import Ema
-from trainctl.trainer.loop import Outcome, TrainConfig, parameter_groups, train, warmup_cosine
+from trainctl.trainer.loop import Outcome, TrainConfig, Trainer, parameter_groups, train, warmup_cosine
 
 CPU = torch.device("cpu")
 
@@ -295,6 +295,53 @@ def test_the_best_weights_come_back_at_the_end(monkeypatch: pytest.MonkeyPatch) 
 
     assert outcome.restored_step < 12
     assert loss(model) < loss(again)
+
+
+def test_judged_by_the_average_the_averaged_weights_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = regression_batches(16)
+    judged: list[tuple[float, float]] = []
+    evaluate = Trainer.evaluate
+
+    def noted(trainer: Trainer, validation: Any) -> dict[str, float]:
+        metrics = evaluate(trainer, validation)
+        judged.append((metrics["val_loss_ema"], metrics["val_loss"]))
+        return metrics
+
+    monkeypatch.setattr(Trainer, "evaluate", noted)
+    model = fresh()
+    settings = {"eval_every": 1, "learning_rate": 3.0, "lr_floor": 1.0, "ema_decay": 0.7}
+    outcome = train_off(
+        monkeypatch, model, batches, total_steps=12, restore_best=True, metric="val_loss_ema", **settings
+    )
+    best, raw = min(judged)
+    loss = sum(model(*batch).item() for batch in batches[:2]) / 2
+    assert loss == pytest.approx(best)
+    assert loss != pytest.approx(raw), "else this shows nothing"
+    assert (outcome.restored_step, outcome.restored_average) == (judged.index((best, raw)) + 1, True)
+    assert outcome.ema is not None
+    with outcome.ema.in_place_of_parameters():
+        last = sum(model(*batch).item() for batch in batches[:2]) / 2
+    assert last == pytest.approx(judged[-1][0]), "and the average as it was in the end can be had"
+    assert sum(model(*batch).item() for batch in batches[:2]) / 2 == loss
+
+
+def test_judged_by_the_weights_themselves_these_come_back_beside_an_average(monkeypatch: pytest.MonkeyPatch) -> None:
+    outcome = train_off(
+        monkeypatch, fresh(), regression_batches(8), total_steps=4, eval_every=1, restore_best=True, ema_decay=0.7
+    )
+    assert outcome.restored_step is not None
+    assert not outcome.restored_average
+
+
+def test_best_weights_of_a_checkpoint_that_does_not_say_what_they_are_were_no_average() -> None:
+    model = fresh()
+    best = BestWeights(model)
+    best.keep(step=5, averaged=True)
+    again = BestWeights(model)
+    again.load_state_dict(best.state_dict())
+    assert (again.step, again.averaged) == (5, True)
+    again.load_state_dict({name: value for name, value in best.state_dict().items() if name != "averaged"})
+    assert (again.step, again.averaged) == (5, False)
 
 
 def test_the_best_weights_are_state_that_a_rollback_restores() -> None:

@@ -19,13 +19,14 @@ class BestWeights:
         }
         self._kept = {name: value.detach().clone() for name, value in self._live.items()}
         self.step: int | None = None
+        self.averaged = False
 
     @torch.no_grad()
-    def keep(self, *, step: int) -> None:
-        """The model as it is now is the best."""
+    def keep(self, *, step: int, averaged: bool = False) -> None:
+        """The model as it is now is the best; `averaged` notes that its parameters are a moving average's."""
         for name, kept in self._kept.items():
             kept.copy_(self._live[name])
-        self.step = step
+        self.step, self.averaged = step, averaged
 
     @torch.no_grad()
     def put_back(self) -> int | None:
@@ -36,7 +37,7 @@ class BestWeights:
         return self.step
 
     def state_dict(self) -> dict[str, Any]:
-        return {"step": self.step, "weights": dict(self._kept)}
+        return {"step": self.step, "averaged": self.averaged, "weights": dict(self._kept)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -44,3 +45,4 @@ class BestWeights:
         for name, kept in self._kept.items():
             kept.copy_(state["weights"][name])
         self.step = None if state["step"] is None else int(state["step"])
+        self.averaged = bool(state.get("averaged", False))  # before it was noted, no average was kept

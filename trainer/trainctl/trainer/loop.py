@@ -11,8 +11,8 @@ average of the weights, early stopping, and resume.
 import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -30,6 +30,7 @@ from trainctl.trainer.parallel import Sharding, bare, distribute, gradient_sync,
 Amp: TypeAlias = Literal["off", "bf16", "fp16"]
 Batch: TypeAlias = Sequence[Tensor]
 _AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_OF_AVERAGE = "val_loss_ema"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,8 @@ class TrainConfig:
     A step is one optimizer step of `accumulate` micro-batches on every rank. `eval_every` and `checkpoint_every` are
     steps, `patience` is evaluations; None switches a thing off. An evaluation is judged by `metric`, which should fall
     or rise (`mode`); `min_delta` is what it has to improve by to count. `restore_best` leaves the model with the
-    weights of the best evaluation, whichever way the training ended.
+    weights of the best evaluation, whichever way the training ended: those that were judged, so the averaged ones where
+    `metric` is `val_loss_ema`.
     """
 
     total_steps: int
@@ -91,11 +93,15 @@ class Outcome:
     """How a training ended: after `step` steps, early when the metric had stopped improving.
 
     `restored_step`: the step of the evaluation whose weights the model has now, None where it has the newest.
+    `restored_average`: those are the averaged ones. `ema`: the average after the last step, where there was one; `with
+    outcome.ema.in_place_of_parameters():` the model has it.
     """
 
     step: int
     stopped_early: bool
     restored_step: int | None = None
+    restored_average: bool = False
+    ema: Ema | None = field(default=None, compare=False, repr=False)
 
 
 def warmup_cosine(*, warmup_steps: int, total_steps: int, floor: float) -> Callable[[int], float]:
@@ -168,7 +174,7 @@ class Trainer:
         metrics = {"val_loss": self._mean_loss(batches())}
         if self.ema is not None:
             with self.ema.in_place_of_parameters():
-                metrics["val_loss_ema"] = self._mean_loss(batches())
+                metrics[_OF_AVERAGE] = self._mean_loss(batches())
         return metrics
 
     @torch.no_grad()
@@ -211,7 +217,7 @@ def train(
     """
     if not validation:
         raise ValueError("train() needs at least one validation batch")
-    own = ["val_loss"] if config.ema_decay is None else ["val_loss", "val_loss_ema"]
+    own = ["val_loss"] if config.ema_decay is None else ["val_loss", _OF_AVERAGE]
     if measure is None and config.metric not in own:
         raise ValueError(f"an evaluation has {' and '.join(own)}: give measure=, which returns {config.metric!r}")
     trainer = Trainer(model=model, blocks=blocks, config=config, device=device)
@@ -231,7 +237,7 @@ def train(
                 raise ValueError(f"measure= gave no {config.metric!r}: there are {', '.join(sorted(metrics))}")
             improved = stopper.judge(metrics[config.metric], step=run.step)
             if improved and best is not None:
-                best.keep(step=run.step)
+                keep_best(best, trainer.ema if config.metric == _OF_AVERAGE else None, step=run.step)
         return metrics
 
     run = Run.attach(
@@ -256,7 +262,19 @@ def train(
             run.track("best_weights", best)
         stopped_early = _steps(run, trainer, stopper)
     restored = best.put_back() if best is not None else None  # after the run: its checkpoints have the newest weights
-    return Outcome(step=run.step, stopped_early=stopped_early, restored_step=restored)
+    return Outcome(
+        step=run.step,
+        stopped_early=stopped_early,
+        restored_step=restored,
+        restored_average=best is not None and restored is not None and best.averaged,
+        ema=trainer.ema,
+    )
+
+
+def keep_best(best: BestWeights, judged: Ema | None, *, step: int) -> None:
+    """Keep the weights that were judged: the model's, or those of the average."""
+    with judged.in_place_of_parameters() if judged is not None else nullcontext():
+        best.keep(step=step, averaged=judged is not None)
 
 
 def _steps(run: Run, trainer: Trainer, stopper: EarlyStopping | None) -> bool:

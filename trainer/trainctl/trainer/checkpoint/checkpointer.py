@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainctl.trainer.checkpoint.apart import may_differ
 from trainctl.trainer.checkpoint.background import Background, Pace
 from trainctl.trainer.checkpoint.budget import fixed_budget, shared_budget
 from trainctl.trainer.checkpoint.capture import capture_rank, capture_shared
@@ -201,6 +202,7 @@ class Checkpointer:
                 self.state.overrides.heal()
             shared = capture_shared(self.state)
             own = capture_rank(self.state)
+            apart = may_differ(self.state, shared.tensors) if self._ranks.world_size > 1 else frozenset()
             slot = self._claim(shared.tensors, wait=not may_leave_out)
             if slot is None:
                 return None, {"problem": _LEFT_OUT}
@@ -211,7 +213,8 @@ class Checkpointer:
             problem = f"the state cannot be taken: {type(error).__name__}: {error}"
         else:
             staged = self.state.script is not None
-            return slot, {"tensors": tensors, "shared": shared.nodes, "own": own.nodes, "staged": staged}
+            parts = {"tensors": tensors, "shared": shared.nodes, "own": own.nodes}
+            return slot, {**parts, "may_differ": apart, "staged": staged}
         if slot is not None:
             self._tier.release(slot, keep=False)
         return None, {"problem": problem}

@@ -4,7 +4,7 @@ import contextlib
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from trainctl.trainer.checkpoint.capture import Captured
 from trainctl.trainer.checkpoint.errors import CheckpointError, RanksLost, UnreadFile
 from trainctl.trainer.checkpoint.index import read_index
+from trainctl.trainer.checkpoint.param_groups import compare_groups
 from trainctl.trainer.checkpoint.ranks import Ranks
 from trainctl.trainer.checkpoint.resized import not_exact
 from trainctl.trainer.checkpoint.rng import restore_rng
@@ -181,28 +182,33 @@ def _read_rank(path: Path, manifest: Manifest, ranks: Ranks, state: State, live:
         raise CheckpointError(f"{manifest.id}/{name} belongs to {content['id']}; {_REPLACE}")
     shared: dict[str, Node] = content["shared"]
     own: dict[str, Node] = content["own"]
+    apart: dict[str, torch.Tensor] = content.get("tensors", {})  # before there were any, all had the lowest rank's
     by_script = has_script_files(manifest)
     if by_script is not (state.script is not None):
         written, wants = ("by the script's own save=", "load=") if by_script else ("by trainctl", "none of load=")
         raise CheckpointError(f"{manifest.id} was written {written}, so Run.attach needs {wants}: nothing was changed")
     notes = compare_parts(state, live, shared, own)
+    compare_groups(state, live, shared)
     if not same:
         loader = decode(own["loader"], _no_reference) if "loader" in own else None
-        notes += not_exact(before=manifest.world_size, now=ranks.world_size, loader=loader)
+        notes += not_exact(
+            before=manifest.world_size, now=ranks.world_size, loader=loader, apart=content.get("apart", [])
+        )
     wanted = {name: node for name, node in shared.items() if name in live.nodes}
     reader = FileSystemReader(path)
     metadata = read_index(path, manifest)
-    tensors = _targets(wanted, metadata, state, live)
+    common = _targets(wanted, metadata, state, live, without=apart.keys())
+    tensors = common | apart
     compare_models(tensors, live)
-    _read_tensors(reader, metadata, tensors)
+    _read_tensors(reader, metadata, common)
 
     def read_later(nodes: dict[str, Node], live: Captured) -> dict[str, torch.Tensor]:
-        targets = _targets(nodes, metadata, state, live)
+        targets = _targets(nodes, metadata, state, live, without=apart.keys())
         try:
             _read_tensors(FileSystemReader(path), metadata, targets)
         except Exception as error:  # it was verified, so this is the file system, or somebody who deleted it
             raise CheckpointError(f"{manifest.id} cannot be read any more: {error}; {_TRY_AGAIN}") from error
-        return targets
+        return targets | apart
 
     return Loaded(
         id=manifest.id,
@@ -258,13 +264,15 @@ def _references(node: Any, found: set[str]) -> set[str]:
     return found
 
 
-def _targets(nodes: dict[str, Node], metadata: Metadata, state: State, live: Captured) -> dict[str, torch.Tensor]:
+def _targets(
+    nodes: dict[str, Node], metadata: Metadata, state: State, live: Captured, *, without: Collection[str]
+) -> dict[str, torch.Tensor]:
     """New host tensors for what this rank reads, sharded like the live ones; state to be made like its parameter."""
     names: set[str] = set()
     for node in nodes.values():
         _references(node, names)
     targets = {}
-    for name in sorted(names):
+    for name in sorted(names.difference(without)):
         stored = metadata.state_dict_metadata.get(name)
         if not isinstance(stored, TensorStorageMetadata):
             raise CheckpointError(f"the checkpoint has no tensor {name}; {_REPLACE}")

@@ -8,6 +8,7 @@ from trainctl.trainer.checkpoint.capture import Captured
 from trainctl.trainer.checkpoint.errors import CheckpointError
 from trainctl.trainer.checkpoint.load import Loaded, compare_models, compare_parts
 from trainctl.trainer.checkpoint.memory_tier import Slot
+from trainctl.trainer.checkpoint.param_groups import compare_groups
 from trainctl.trainer.checkpoint.sharded import local_part
 from trainctl.trainer.checkpoint.state import State
 
@@ -18,6 +19,7 @@ def recall(slot: Slot, *, world_size: int, state: State, live: Captured) -> Load
     if snapshot is None:
         raise CheckpointError("the state is not in memory any more: nothing was changed")
     notes = compare_parts(state, live, snapshot.shared, snapshot.own)
+    compare_groups(state, live, snapshot.shared)
     compare_models(snapshot.tensors, live)
     for name, tensor in snapshot.tensors.items():
         now = live.tensors.get(name)

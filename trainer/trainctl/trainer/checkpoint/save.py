@@ -21,6 +21,7 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan
 
+from trainctl.trainer.checkpoint.apart import Apart, find_apart
 from trainctl.trainer.checkpoint.background import Background, Pace
 from trainctl.trainer.checkpoint.errors import CheckpointError, RanksLost
 from trainctl.trainer.checkpoint.paced_files import PacedWriter
@@ -55,7 +56,10 @@ class SaveResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Snapshot:
-    """A state in host memory, as one rank writes it. `problem`: why this rank has none; it tells the others."""
+    """A state in host memory, as one rank writes it. `problem`: why this rank has none; it tells the others.
+
+    `may_differ` names the tensors that are not known to be the same on every rank.
+    """
 
     id: str
     run_id: str
@@ -67,6 +71,7 @@ class Snapshot:
     tensors: dict[str, torch.Tensor] = field(default_factory=dict)
     shared: dict[str, Node] = field(default_factory=dict)
     own: dict[str, Node] = field(default_factory=dict)
+    may_differ: frozenset[str] = frozenset()
     problem: str | None = None
     time: float = field(default_factory=time.time)
     agreed: bool = False  # every rank has the same problem, and knows it
@@ -151,14 +156,14 @@ def write(directory: Path, snapshot: Snapshot, ranks: Ranks, writing: Writing) -
     try:
         taken = _taken(snapshot, ranks, writing.held())
         writing.taken(taken)
+        apart = find_apart(snapshot.tensors, snapshot.may_differ, ranks, writing.pace)
         theirs: list[ManifestFile] = []
         if snapshot.staged:
             theirs = vouch_for(stage, ranks, writing.pace)
         else:
-            ranks.on_first(
-                "the checkpoint cannot be begun", lambda: _open_stage(directory, stage, snapshot.id, taken.bytes)
-            )
-        files = [*theirs, *_write_files(stage, snapshot, ranks, writing.pace)]
+            needed = taken.bytes + apart.bytes
+            ranks.on_first("the checkpoint cannot be begun", lambda: _open_stage(directory, stage, snapshot.id, needed))
+        files = [*theirs, *_write_files(stage, snapshot, apart, ranks, writing.pace)]
         ranks.on_first("the checkpoint cannot be completed", lambda: _commit(directory, stage, snapshot, ranks, files))
     except CheckpointError as error:
         if ranks.first:
@@ -223,7 +228,7 @@ def _open_stage(directory: Path, stage: Path, checkpoint_id: str, needed: int) -
     stage.mkdir(mode=0o700)
 
 
-def _write_files(stage: Path, snapshot: Snapshot, ranks: Ranks, pace: Pace) -> list[ManifestFile]:
+def _write_files(stage: Path, snapshot: Snapshot, apart: Apart, ranks: Ranks, pace: Pace) -> list[ManifestFile]:
     """Write and sync all files; on every rank the list of all of them."""
     # Not dcp.save: it warns about a single rank, and its failures are a BaseException that other ranks wait on.
     planner = DefaultSavePlanner(
@@ -231,9 +236,10 @@ def _write_files(stage: Path, snapshot: Snapshot, ranks: Ranks, pace: Pace) -> l
     )
     # Not synced by torch, which does it before it flushes (pytorch 2.13): `_sync_own` does.
     writer = PacedWriter(stage, pace)
+    common = {name: tensor for name, tensor in snapshot.tensors.items() if name not in apart.own}
 
     def local_plan() -> SavePlan:
-        planner.set_up_planner(snapshot.tensors, writer.storage_meta(), ranks.first)
+        planner.set_up_planner(common, writer.storage_meta(), ranks.first)
         writer.set_up_storage_writer(ranks.first)
         return writer.prepare_local_plan(planner.create_local_plan())
 
@@ -244,7 +250,7 @@ def _write_files(stage: Path, snapshot: Snapshot, ranks: Ranks, pace: Pace) -> l
     def data() -> Any:
         written = writer.write_data(plan, planner)
         written.wait()
-        _write_rank(stage, snapshot, ranks)
+        _write_rank(stage, snapshot, apart, ranks)
         return written.value()
 
     results = ranks.collect(ranks.together(f"writing to {stage.parent} failed", data))
@@ -260,13 +266,15 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.pt"
 
 
-def _write_rank(stage: Path, snapshot: Snapshot, ranks: Ranks) -> None:
+def _write_rank(stage: Path, snapshot: Snapshot, apart: Apart, ranks: Ranks) -> None:
     content = {
         "id": snapshot.id,
         "rank": ranks.rank,
         "world_size": ranks.world_size,
         "shared": snapshot.shared,
         "own": snapshot.own,
+        "apart": apart.names,
+        "tensors": apart.own,
     }
     with (stage / rank_file(ranks.rank)).open("xb") as file:
         torch.save(content, file)

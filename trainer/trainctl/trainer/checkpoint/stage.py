@@ -16,6 +16,8 @@ from trainctl.trainer.checkpoint.sharded import local_part, twin
 # A power of two, because the allocator of pinned memory rounds up to one.
 SLAB_BYTES = 256 * 1024 * 1024
 _ALIGN = 64
+# madvise(2), Linux 4.14; `mmap` has no name for it.
+_MADV_WIPEONFORK = 18
 
 Layout: TypeAlias = list[tuple[str, torch.Size, torch.dtype]]
 
@@ -93,6 +95,9 @@ def _pinned(size: int) -> torch.Tensor:
 def _pages(size: int) -> torch.Tensor:
     """Pages of our own, in huge ones where the kernel gives them, which are touched and copied into faster.
 
+    A forked process (every DataLoader worker) has zeros there. Were the pages shared with it, the next save would have
+    to break each of them, at many times the copy's cost, and hold all memory twice (bench/checkpoint_stall.py). Where
+    the kernel refuses, that is what happens, and the states are the same.
     Not MADV_DONTFORK: a forked worker that frees its copy of this object would unmap what it has there instead.
     """
     if not size:
@@ -100,6 +105,8 @@ def _pages(size: int) -> torch.Tensor:
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a kernel without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):
+        pages.madvise(_MADV_WIPEONFORK)
     # fill_, because fresh pages are only promised, and the first copy would pay for them.
     return torch.frombuffer(pages, dtype=torch.uint8).fill_(0)
 

@@ -36,7 +36,8 @@ class State:
     """Everything that decides how training goes on. All of it is optional; the containers are read when a save begins.
 
     Tensors of `models`, `optimizers` and `tracked` go through torch.distributed.checkpoint: sharded ones (DTensor) as
-    they are, plain ones as the same on every rank, of which the lowest rank's are kept. All else is kept for each rank.
+    they are, plain ones as the same on every rank, of which the lowest rank's are kept; buffers and tracked ones that
+    are not the same (`apart`) and all else for each rank.
     `tracked`, `tunables` and `counters` may be added to after the state was made. With `script` the script saves and
     loads its models, optimizers, schedulers and scaler by itself, and none of them is given here.
     """
