@@ -1,5 +1,6 @@
 """The memory tier: states that stay in the buffers they were staged into, within a budget."""
 
+import gc
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, State, checkpointer
+from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, State, checkpointer, memory_tier
 from trainctl.trainer.checkpoint.budget import SHARE, free_bytes, shared_budget
 from trainctl.trainer.checkpoint.memory_tier import MemoryTier, Slot
 from trainctl.trainer.checkpoint.save import Snapshot
-from trainctl.trainer.checkpoint.stage import bytes_for, layout_of
+from trainctl.trainer.checkpoint.stage import Buffers, bytes_for, layout_of
 from trainctl.wire.manifest import list_checkpoints
 from trainctl.wire.messages import BestBy
 from trainctl.wire.removal import remove
@@ -250,6 +251,41 @@ def test_the_default_budget_is_a_share_of_what_is_free_and_is_divided_by_the_nod
     assert budget(600) == SHARE * 1600, "what is held already is not free any more"
 
 
+def test_what_was_saved_is_kept_in_memory_as_often_as_memory_checkpoints_says_and_nowhere_else(tmp_path: Path) -> None:
+    training = Training(tmp_path, memory_checkpoints=2)
+    saves = [training.save(f"kept-{number}") for number in range(8)]  # whoever shows results may keep them
+    assert all(save.result(30).error is None for save in saves)
+    training.checkpointer.drain()
+    gc.collect()
+    alive = [found.id for found in gc.get_objects() if type(found) is Snapshot and found.id.startswith("kept-")]
+    assert sorted(alive) == ["kept-6", "kept-7"]
+
+
+def test_a_tracked_tensor_that_grows_does_not_make_a_save_pay_for_new_buffers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+
+    class Counted(Buffers):
+        def __init__(self, layout: Any, *, pinned: bool) -> None:
+            made.append(1)
+            super().__init__(layout, pinned=pinned)
+
+    monkeypatch.setattr(memory_tier, "Buffers", Counted)
+    training = Training(tmp_path, memory_checkpoints=2)
+    training.checkpointer.warm()
+    training.checkpointer.drain()
+    for number in range(20):
+        training.value = torch.arange(3.0 + 100 * number)
+        assert training.save(f"s{number}").result(30).error is None
+        training.checkpointer.drain()
+    assert len(made) == 2
+    training.value = torch.zeros(1)
+    for number in (18, 19):
+        assert training.restore(f"s{number}")
+        assert torch.equal(training.value, torch.arange(3.0 + 100 * number))
+
+
 LAYOUTS = [layout_of({"x": torch.empty(size)}) for size in (1, 3000, 20000)]
 
 
@@ -262,7 +298,7 @@ def fill(slot: Slot, name: str, number: int) -> None:
 @settings(max_examples=150, deadline=None)
 @given(
     keep=st.integers(0, 4),
-    budget=st.integers(0, 300_000),
+    budget=st.integers(0, 900_000),
     moves=st.lists(st.tuples(st.sampled_from(["save", "end", "fail", "grow"]), st.integers(0, 2)), max_size=40),
 )
 def test_whatever_happens_the_budget_holds_and_every_state_is_what_was_put_in(
@@ -280,16 +316,18 @@ def test_whatever_happens_the_budget_holds_and_every_state_is_what_was_put_in(
                 assert writing, "only what is being written is in the way"
                 continue
             largest = max(largest, slot.buffers.bytes)
-            assert slot.buffers.bytes == bytes_for(layout, pinned=False)
+            assert slot.buffers.layout == layout
             assert slot not in writing
             fill(slot, f"s{number}", number)
             values[f"s{number}"] = number
             writing.append(slot)
         elif move == "grow":
-            before = tier.ids
-            tier.grow(layout, pinned=False)
-            largest = max(largest, bytes_for(layout, pinned=False) if not before else 0)
-            assert tier.ids == before, "no state is thrown away for it"
+            before = {name: tier.find(name) for name in tier.ids}
+            made = tier.grow(layout, pinned=False)
+            largest = max(largest, bytes_for(layout, pinned=False) if made and tier.held_bytes > budget else 0)
+            for name in before.keys() - set(tier.ids):
+                assert made, "no state is thrown away for nothing"
+                assert not before[name].buffers.fits(layout), "nor one that the next save could have had the room of"
         elif writing:
             tier.release(writing.pop(0), keep=move == "end")
         assert tier.held_bytes <= max(budget, largest)

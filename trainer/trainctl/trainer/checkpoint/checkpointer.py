@@ -156,7 +156,7 @@ class Checkpointer:
             background=self._background,
             pace=self._pace,
         )
-        self._pending.append(pending)
+        self._unfinished().append(pending)
         if slot is not None:
             self._background.put(lambda: self._grow(slot))
         return pending
