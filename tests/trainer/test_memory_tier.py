@@ -261,17 +261,21 @@ def test_what_was_saved_is_kept_in_memory_as_often_as_memory_checkpoints_says_an
     assert sorted(alive) == ["kept-6", "kept-7"]
 
 
-def test_a_tracked_tensor_that_grows_does_not_make_a_save_pay_for_new_buffers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[int] = []
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of all buffers that are made: whether the training thread did it, and so was held up for them."""
+    found: list[bool] = []
 
     class Counted(Buffers):
         def __init__(self, layout: Any, *, pinned: bool) -> None:
-            made.append(1)
+            found.append(threading.current_thread() is threading.main_thread())
             super().__init__(layout, pinned=pinned)
 
     monkeypatch.setattr(memory_tier, "Buffers", Counted)
+    return found
+
+
+def test_a_tracked_tensor_that_grows_does_not_make_a_save_pay_for_new_buffers(tmp_path: Path, made: list[bool]) -> None:
     training = Training(tmp_path, memory_checkpoints=2)
     training.checkpointer.warm()
     training.checkpointer.drain()
@@ -279,11 +283,64 @@ def test_a_tracked_tensor_that_grows_does_not_make_a_save_pay_for_new_buffers(
         training.value = torch.arange(3.0 + 100 * number)
         assert training.save(f"s{number}").result(30).error is None
         training.checkpointer.drain()
-    assert len(made) == 2
+    assert made == [False, False]
     training.value = torch.zeros(1)
     for number in (18, 19):
         assert training.restore(f"s{number}")
         assert torch.equal(training.value, torch.arange(3.0 + 100 * number))
+
+
+def test_a_save_that_begins_while_the_first_is_written_finds_a_buffer_made_and_the_next_makes_none(
+    tmp_path: Path, made: list[bool], gate: threading.Event
+) -> None:
+    training = Training(tmp_path)
+    training.step()
+    assert training.checkpointer.warm()
+    training.checkpointer.drain()
+    saves = [training.save(name, may_leave_out=True) for name in "abc"]
+    assert made == [False, False]
+    gate.set()
+    told = [save.result(30).error for save in saves]
+    assert told[:2] == [None, None]
+    assert str(told[2]).startswith("left out"), "training does not pay for a third one"
+    training.checkpointer.drain()
+    assert made == [False, False, False], "made behind the writes"
+
+
+def test_where_the_first_step_was_skipped_as_many_states_are_kept_and_no_save_pays_for_it(
+    tmp_path: Path, made: list[bool]
+) -> None:
+    training = Training(tmp_path)
+    assert not training.checkpointer.warm(), "the optimizer has no state yet"
+    assert not training.checkpointer.warm()
+    training.checkpointer.drain()
+    training.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(200, 200))]})
+    training.optimizer.param_groups[1]["params"][0].grad = torch.zeros(200, 200)
+    training.step()
+    assert training.checkpointer.warm()
+    training.checkpointer.drain()
+    for name in "abcd":
+        training.step()
+        assert training.save(name).result(30).error is None
+        training.checkpointer.drain()
+    assert training.held == ["b", "c", "d"]
+    assert not any(made)
+    newest = training.checkpointer._tier.find("d")
+    assert newest is not None
+    assert training.checkpointer.memory_bytes == 3 * newest.buffers.bytes, "nothing of the first, smaller ones is left"
+
+
+def test_after_the_state_grew_for_good_as_many_states_are_kept_as_before(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.step()
+    for name in "abcdefg":
+        if name == "d":
+            training.optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(200, 200))]})
+            training.optimizer.param_groups[1]["params"][0].grad = torch.zeros(200, 200)
+        training.step()
+        assert training.save(name).result(30).error is None
+        training.checkpointer.drain()
+    assert training.held == ["e", "f", "g"]
 
 
 LAYOUTS = [layout_of({"x": torch.empty(size)}) for size in (1, 3000, 20000)]
