@@ -11,6 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from one_rank import OneRank
 from torch import nn
 
 from trainctl.trainer.checkpoint import Accessor, Checkpointer, CheckpointError, State, checkpointer, memory_tier
@@ -18,6 +19,8 @@ from trainctl.trainer.checkpoint.budget import SHARE, free_bytes, shared_budget
 from trainctl.trainer.checkpoint.memory_tier import MemoryTier, Slot
 from trainctl.trainer.checkpoint.save import Snapshot
 from trainctl.trainer.checkpoint.stage import Buffers, bytes_for, layout_of
+from trainctl.trainer.run import Run
+from trainctl.trainer.tunables import TunableValue
 from trainctl.wire.manifest import list_checkpoints
 from trainctl.wire.messages import BestBy
 from trainctl.wire.removal import remove
@@ -328,6 +331,24 @@ def test_where_the_first_step_was_skipped_as_many_states_are_kept_and_no_save_pa
     newest = training.checkpointer._tier.find("d")
     assert newest is not None
     assert training.checkpointer.memory_bytes == 3 * newest.buffers.bytes, "nothing of the first, smaller ones is left"
+
+
+def test_a_run_has_the_buffers_made_when_its_optimizer_has_taken_a_step(tmp_path: Path, made: list[bool]) -> None:
+    rank = OneRank(tmp_path)
+    run = object.__new__(Run)  # without a hub and threads
+    run._core, run._eval_every, run._warm_until = rank.core, None, 100
+    run._checkpoint_every = rank.core.tunables.add(TunableValue("checkpoint_every", 4))
+    rank.core.boundary.completed = 1  # a step that the scaler skipped
+    run._intervals(1)
+    for step in range(2, 8):
+        rank.train(1)
+        run._intervals(step)
+    rank.core.checkpointer.drain()  # type: ignore[union-attr]
+    kept = rank.core.checkpointer._tier.find(rank.core.saves[0].id)  # type: ignore[union-attr]
+    assert kept is not None
+    assert any("exp_avg" in name for name, _shape, _dtype in kept.buffers.layout)
+    assert made
+    assert not any(made), "the save of step 4 found them"
 
 
 def test_after_the_state_grew_for_good_as_many_states_are_kept_as_before(tmp_path: Path) -> None:

@@ -36,9 +36,9 @@ class Buffers:
         self._sizes = _slabs(layout, pinned=pinned)
         self.bytes = sum(self._sizes)
         self._memory = [_pinned(size) if pinned else _pages(size) for size in self._sizes]
-        self._parts: dict[_Place, torch.Tensor] = {}
         self.layout: Layout = []
         self._places: list[_Place] = []
+        self._parts: list[torch.Tensor] = []
         self.lay_out(layout)
 
     def fits(self, layout: Layout) -> bool:
@@ -51,12 +51,11 @@ class Buffers:
             return
         places = _places(layout, self._sizes)
         assert places is not None
-        old = self._parts
-        self._parts = {place: old[place] if place in old else self._part(place) for place in places}
+        before = dict(zip(self._places, self._parts, strict=True))
+        self._parts = [before[place] if place in before else self._part(*place) for place in places]
         self.layout, self._places = layout, places
 
-    def _part(self, place: _Place) -> torch.Tensor:
-        slab, start, shape, dtype = place
+    def _part(self, slab: int, start: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         return _part(self._memory[slab], start, dtype, shape)
 
     def stage(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -65,14 +64,13 @@ class Buffers:
         What the call before gave is overwritten.
         """
         parts = [local_part(tensor) for tensor in tensors.values()]
-        buffers = [self._parts[place] for place in self._places]
         on_cuda = any(part.is_cuda for part in parts)
         with torch.no_grad():
-            for buffer, part in zip(buffers, parts, strict=True):
+            for buffer, part in zip(self._parts, parts, strict=True):
                 buffer.copy_(part, non_blocking=on_cuda)
         if on_cuda:
             torch.cuda.current_stream().synchronize()
-        return {name: twin(tensor, part) for (name, tensor), part in zip(tensors.items(), buffers, strict=True)}
+        return {name: twin(tensor, part) for (name, tensor), part in zip(tensors.items(), self._parts, strict=True)}
 
 
 def layout_of(tensors: Mapping[str, torch.Tensor]) -> Layout:
