@@ -8,8 +8,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from trainctl.trainer.checkpoint.errors import CheckpointError, RanksLost, in_words
 
@@ -33,7 +33,9 @@ class Ranks:
         self.world_size = world_size
         self._group = group if world_size > 1 else None
         if self._group is not None:
-            _set_pg_timeout(_PATIENCE, self._group)
+            # As torch's own _set_pg_timeout, which warns where TORCH_DISTRIBUTED_DEBUG=DETAIL has the backend wrapped.
+            backend = self._group._get_backend(torch.device("cpu"))
+            getattr(backend, "wrapped_pg", backend)._set_default_timeout(_PATIENCE)
 
     @property
     def first(self) -> bool:
