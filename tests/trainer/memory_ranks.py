@@ -3,6 +3,7 @@
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -145,6 +147,20 @@ def left_out_together(group: Any) -> None:
     training.checkpointer.drain()  # making room goes on behind a save: a thread inside torch would abort the exit
 
 
+def waited_for() -> None:
+    """A rank that is late for a save or a load, or has a disk that hangs, is waited for, and the next save works."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=60))
+    _set_pg_timeout(timedelta(seconds=0.5), group)  # for the half hour that gloo gives
+    training = Training(DistributedDataParallel(bare_model()), group, name="late")
+    late_s = 1.0 if rank == 0 else 0.0
+    for checkpoint in "ab":
+        threading.Event().wait(late_s)
+        assert (problem := training.save(checkpoint)) is None, problem
+    threading.Event().wait(late_s)
+    training.restore("a")
+    dist.barrier()
+
+
 def main() -> None:
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(1)
@@ -160,6 +176,7 @@ def main() -> None:
     exact(sharded, group, "fsdp")
     decided_together(group)
     left_out_together(group)
+    waited_for()
     print("all fine", flush=True)
     dist.destroy_process_group()
 

@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 _NOTHING = contextlib.nullcontext()
 _LEAVE_S = 3.0
+# In so many an optimizer is waited for that has no state yet: a GradScaler skips steps until its scale is low enough.
+_WARM_STEPS = 100
 _perf, _time = time.perf_counter, time.time
 _new = tuple.__new__
 
@@ -74,6 +76,7 @@ class Run:
         self._checkpoint_every: TunableValue | None = None
         self._end_fast_log: Callable[[], None] = _do_nothing
         self._told_late = False
+        self._warm_until = _WARM_STEPS
         if core.publishes and type(self).log is Run.log:
             self.__dict__["log"], self._end_fast_log = floats_first(core.buffer, core, self._log)
 
@@ -396,6 +399,7 @@ class Run:
         core = self._core
         step = attaching.resume(core, self._parts.group)
         core.first_step = core.boundary.completed
+        self._warm_until = core.first_step + _WARM_STEPS
         core.row_step = core.boundary.completed + 1
         core.counters.setdefault("step", 0)
         core.steering_changed.set()
@@ -425,7 +429,7 @@ class Run:
         if every is not None and every.value and step % int(every.value) == 0:
             evaluate(self._core, self._meet_inside)
             self._stop_behind_the_evaluation()
-        if saves is not None and saves.value and step == self._core.first_step + 1:
+        if self._warm_until >= step and saves is not None and saves.value:
             self._warm()
         # A stop inside the evaluation has saved this step already, and an abort wants nothing saved.
         if saves is not None and saves.value and step % int(saves.value) == 0 and self._core.ending is None:
@@ -440,11 +444,14 @@ class Run:
 
     def _warm(self) -> None:
         """The optimizer's state exists after the first step: let the first save find its buffers made."""
+        done = True
         if self._core.checkpointer is not None:
             try:
-                self._core.checkpointer.warm()
+                done = self._core.checkpointer.warm()
             except Exception as error:  # noqa: BLE001 - a state_dict of the user's may raise anything
                 self._core.complain("checkpoint", f"the state cannot be taken yet, checkpoints will fail: {error}")
+        if done:
+            self._warm_until = 0
 
     def _at_exit(self) -> None:
         error = getattr(sys, "last_value", None)

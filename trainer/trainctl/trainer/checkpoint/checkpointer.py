@@ -24,7 +24,7 @@ from trainctl.trainer.checkpoint.recall import recall
 from trainctl.trainer.checkpoint.restore import commit
 from trainctl.trainer.checkpoint.retention import sweep
 from trainctl.trainer.checkpoint.save import PendingSave, Snapshot, Taken, Writing, stage_script, write
-from trainctl.trainer.checkpoint.stage import layout_of, on_device
+from trainctl.trainer.checkpoint.stage import Layout, layout_of, on_device
 from trainctl.trainer.checkpoint.state import State
 from trainctl.wire.messages import BestBy, CheckpointInfo
 from trainctl.wire.rundir import RUN_ID
@@ -79,25 +79,29 @@ class Checkpointer:
         if self._ranks.first:
             sweep(self.directory)
 
-    def warm(self) -> None:
-        """Allocate and touch the staging buffers in the background, so that the first save does not pay for it.
+    def warm(self) -> bool:
+        """Make the staging buffers in the background, so that saves do not pay for it: the one that the first save
+        takes, and one for a save that begins while that is being written.
 
-        The optimizer's state exists after the first step: call it then.
+        The optimizers' state exists after their first step: call it then. False where one has none yet, which never has
+        any or skipped the step (a GradScaler's first ones overflow): call it again after the next step.
         """
-        if self._warmed is not None:
-            return
+        stepped = all(optimizer.state for optimizer in self.state.optimizers)
+        if self._warmed is not None and not stepped:
+            return False
         tensors = capture_shared(self.state).tensors
         layout, pinned = layout_of(tensors), on_device(tensors)
         warmed = self._warmed = threading.Event()
 
         def make() -> None:
             try:
-                with contextlib.suppress(MemoryError, OSError, RuntimeError):  # the save that needs it will tell
-                    self._tier.grow(layout, pinned=pinned)
+                self._grow(layout, pinned=pinned)
             finally:
                 warmed.set()
+            self._grow(layout, pinned=pinned, empty=2)
 
         self._background.put(make)
+        return stepped
 
     @property
     def memory_bytes(self) -> int:
@@ -157,9 +161,10 @@ class Checkpointer:
             background=self._background,
             pace=self._pace,
         )
-        self._pending.append(pending)
+        self._unfinished().append(pending)
         if slot is not None:
-            self._background.put(lambda: self._grow(slot))
+            layout, pinned = slot.buffers.layout, slot.buffers.pinned
+            self._background.put(lambda: self._grow(layout, pinned=pinned))
         return pending
 
     def _stage_script(self, checkpoint_id: str) -> dict[str, Any] | None:
@@ -189,10 +194,10 @@ class Checkpointer:
             if slot is not None:
                 self._tier.release(slot, keep=everywhere)
 
-    def _grow(self, slot: Slot) -> None:
-        # Without the memory fewer states stay, which `memory_bytes` shows.
+    def _grow(self, layout: Layout, *, pinned: bool, empty: int = 1) -> None:
+        # Without the memory fewer states stay, which `memory_bytes` shows, and a save that needs it will tell.
         with contextlib.suppress(MemoryError, OSError, RuntimeError):
-            self._tier.grow(slot.buffers.layout, pinned=slot.buffers.pinned)
+            self._tier.grow(layout, pinned=pinned, empty=empty)
 
     def _staged(self, *, may_leave_out: bool) -> tuple[Slot | None, dict[str, Any]]:
         """A slot with a copy of the state, and the state; without a slot the problem that all ranks are to hear of."""

@@ -40,12 +40,13 @@ class MemoryTier:
         self._making_bytes = 0
         self._making = 0
         self._claims = 0
+        self._newest: Layout = []
 
     @property
     def held_bytes(self) -> int:
         """What all slots take."""
         with self._lock:
-            return self._held()
+            return self._held(self._slots)
 
     @property
     def ids(self) -> list[str]:
@@ -55,9 +56,10 @@ class MemoryTier:
 
     @property
     def full(self) -> bool:
-        """Whether every slot is being written, so that another state of the same layout has to wait."""
+        """Whether every slot for a state such as the newest is being written, so that another one has to wait."""
         with self._lock:
-            return bool(self._slots) and all(slot.busy for slot in self._slots)
+            fitting = self._fitting(self._newest)
+            return bool(fitting) and all(slot.busy for slot in fitting)
 
     def find(self, checkpoint_id: str) -> Slot | None:
         """The slot that has the state of a checkpoint."""
@@ -67,22 +69,22 @@ class MemoryTier:
     def claim(self, layout: Layout, *, pinned: bool) -> Slot | None:
         """A slot for a new state: an empty one, else that of the oldest state. None while all are being written.
 
-        Only where no slot has this layout is one made, which is slow. Raises what `Buffers` raises.
+        Only where no slot has room for this layout is one made, which is slow. Raises what `Buffers` raises.
         """
         with self._lock:
-            slot = self._take([slot for slot in self._slots if slot.buffers.layout == layout])
-            if slot is not None:
-                return slot
+            self._newest = layout
+            fitting = self._fitting(layout)
+            if fitting:
+                return self._take(fitting, layout)
             size = bytes_for(layout, pinned=pinned)
-            while not self._fits(size):
-                idle = [slot for slot in self._slots if not slot.busy]
-                if not idle:
-                    return None
-                self._slots.remove(min(idle, key=_age))  # of another layout, and in the way
+            rest = self._room_for(size, layout)
+            if rest is None:
+                return None
+            self._slots = rest
             self._reserve(size)
         self._make(layout, size, pinned=pinned)
         with self._lock:
-            return self._take([slot for slot in self._slots if slot.buffers.layout == layout])
+            return self._take(self._fitting(layout), layout)
 
     def release(self, slot: Slot, *, keep: bool) -> None:
         """The slot's state is written, or will never be; `keep` says whether it may be rolled back to."""
@@ -91,37 +93,55 @@ class MemoryTier:
                 slot.state, slot.number = None, 0
             slot.busy = False
 
-    def grow(self, layout: Layout, *, pinned: bool) -> bool:
-        """Make one more slot where number and budget allow it; whether it did. Slow: keep it off the training thread.
+    def grow(self, layout: Layout, *, pinned: bool, empty: int = 1) -> bool:
+        """Make one more slot where number and budget allow it and fewer than `empty` are empty; whether it did.
 
-        It throws no state away for it.
+        Slow: keep it off the training thread. Of the states it throws away none but those in slots that have no room
+        for this layout: no save would claim them, and the newest states would be fewer for ever.
         """
         size = bytes_for(layout, pinned=pinned)
         with self._lock:
-            spare = any(slot.state is None and not slot.busy for slot in self._slots)
-            if spare or not self._fits(size):
+            waiting = [slot for slot in self._fitting(layout) if slot.state is None and not slot.busy]
+            rest = self._room_for(size, layout) if len(waiting) < empty else None
+            if rest is None:
                 return False
+            self._slots = rest
             self._reserve(size)
         self._make(layout, size, pinned=pinned)
         return True
 
-    def _take(self, slots: list[Slot]) -> Slot | None:
+    def _fitting(self, layout: Layout) -> list[Slot]:
+        return [slot for slot in self._slots if slot.buffers.fits(layout)]
+
+    def _room_for(self, size: int, layout: Layout) -> list[Slot] | None:
+        """The slots that stay where one more of `size` is made for `layout`; None where there cannot be one more."""
+        fitting = self._fitting(layout)
+        others = [slot for slot in self._slots if slot not in fitting and not slot.busy]
+        rest = [slot for slot in self._slots if slot not in others or slot.state is not None]
+        for slot in sorted((slot for slot in others if slot.state is not None), key=_age):
+            if self._fits(size, rest):
+                break
+            rest.remove(slot)
+        return rest if self._fits(size, rest) else None
+
+    def _take(self, slots: list[Slot], layout: Layout) -> Slot | None:
         idle = [slot for slot in slots if not slot.busy]
         if not idle:
             return None
         slot = min(idle, key=_age)
         self._claims += 1
         slot.state, slot.busy, slot.number = None, True, self._claims
+        slot.buffers.lay_out(layout)
         return slot
 
-    def _held(self) -> int:
-        return sum(slot.buffers.bytes for slot in self._slots) + self._making_bytes
+    def _held(self, slots: list[Slot]) -> int:
+        return sum(slot.buffers.bytes for slot in slots) + self._making_bytes
 
-    def _fits(self, size: int) -> bool:
-        if not self._slots and not self._making:
+    def _fits(self, size: int, slots: list[Slot]) -> bool:
+        if not slots and not self._making:
             return True
-        held = self._held()
-        return len(self._slots) + self._making < max(1, self._keep) and held + size <= self._budget(held)
+        held = self._held(slots)
+        return len(slots) + self._making < max(1, self._keep) and held + size <= self._budget(held)
 
     def _reserve(self, size: int) -> None:
         self._making += 1

@@ -5,17 +5,26 @@ order. Without a group there is one rank and nothing is exchanged.
 """
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
+import torch
 import torch.distributed as dist
 
 from trainctl.trainer.checkpoint.errors import CheckpointError, RanksLost, in_words
 
 T = TypeVar("T")
 
+# Gloo's own is 30 min, and a group that timed out once is of no use any more. Who waits here keeps nobody up: a rank
+# that evaluates alone, or a disk that hangs, costs a save its time. A rank that dies is noticed by its connections.
+_PATIENCE = timedelta(days=1)
+
 
 class Ranks:
-    """`rank` of `world_size`, over `group` (gloo, used by nobody else); None where there is one rank."""
+    """`rank` of `world_size`, over `group` (gloo, used by nobody else); None where there is one rank.
+
+    The group's timeout becomes a day.
+    """
 
     def __init__(self, *, rank: int, world_size: int, group: dist.ProcessGroup | None) -> None:
         if world_size > 1 and group is None:
@@ -23,6 +32,10 @@ class Ranks:
         self.rank = rank
         self.world_size = world_size
         self._group = group if world_size > 1 else None
+        if self._group is not None:
+            # As torch's own _set_pg_timeout, which warns where TORCH_DISTRIBUTED_DEBUG=DETAIL has the backend wrapped.
+            backend = self._group._get_backend(torch.device("cpu"))
+            getattr(backend, "wrapped_pg", backend)._set_default_timeout(_PATIENCE)
 
     @property
     def first(self) -> bool:

@@ -92,7 +92,7 @@ class PendingSave:
     ) -> None:
         self.id = id
         self.stall_s = stall_s
-        self._write = write
+        self._write: Callable[[], int] | None = write
         self._pace = pace
         self._result: SaveResult | None = None
         self._ended = threading.Event()
@@ -114,8 +114,11 @@ class PendingSave:
     def _run(self) -> None:
         started = time.perf_counter()
         size, problem, agreed = 0, None, True
+        # Whoever keeps this result does not keep the state with it.
+        write, self._write = self._write, None
+        assert write is not None
         try:
-            size = self._write()
+            size = write()
         except CheckpointError as error:
             problem, agreed = str(error), not isinstance(error, RanksLost)
         except BaseException as error:  # noqa: BLE001 - the thread goes on to the next, and the result must say so

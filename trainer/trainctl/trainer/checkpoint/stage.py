@@ -18,26 +18,47 @@ SLAB_BYTES = 256 * 1024 * 1024
 _ALIGN = 64
 # madvise(2), Linux 4.14; `mmap` has no name for it.
 _MADV_WIPEONFORK = 18
+# What a tracked tensor may grow by, a history of losses say, before there have to be new buffers.
+_SPARE_BYTES = 64 * 1024
+_SPARE_PART = 64
 
 Layout: TypeAlias = list[tuple[str, torch.Size, torch.dtype]]
+_Place: TypeAlias = tuple[int, int, torch.Size, torch.dtype]  # slab, offset, and what lies there
 
 
 class Buffers:
-    """Host memory for one state of `layout`. Making it is slow: keep that off the training thread.
+    """Host memory for one state of `layout`, and for any that fits in its place. Making it is slow: keep that off the
+    training thread.
 
     `bytes` is what it takes. Raises MemoryError, OSError or RuntimeError where there is no memory to be had.
     """
 
     def __init__(self, layout: Layout, *, pinned: bool) -> None:
-        self.layout = layout
         self.pinned = pinned
-        places, slabs = _places(layout)
-        self.bytes = _taken(slabs, pinned=pinned)
-        memory = [_pinned(size) if pinned else _pages(size) for size in slabs]
-        self._parts = [
-            _part(memory[slab], start, dtype, shape)
-            for (slab, start), (_name, shape, dtype) in zip(places, layout, strict=True)
-        ]
+        self._sizes = _slabs(layout, pinned=pinned)
+        self.bytes = sum(self._sizes)
+        self._memory = [_pinned(size) if pinned else _pages(size) for size in self._sizes]
+        self.layout: Layout = []
+        self._places: list[_Place] = []
+        self._parts: list[torch.Tensor] = []
+        self.lay_out(layout)
+
+    def fits(self, layout: Layout) -> bool:
+        """Whether a state of `layout` has room here, as one has whose tracked tensors have grown a little."""
+        return layout == self.layout or _places(layout, self._sizes) is not None
+
+    def lay_out(self, layout: Layout) -> None:
+        """Be for a state of `layout`, which `fits`. What the calls of `stage` before gave is as good as overwritten."""
+        if layout == self.layout:
+            return
+        places = _places(layout, self._sizes)
+        assert places is not None
+        before = dict(zip(self._places, self._parts, strict=True))
+        self._parts = [before[place] if place in before else self._part(*place) for place in places]
+        self.layout, self._places = layout, places
+
+    def _part(self, slab: int, start: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        return _part(self._memory[slab], start, dtype, shape)
 
     def stage(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Copies of `tensors`, which have this layout; sharded ones as their local part, a device is waited for once.
@@ -66,26 +87,46 @@ def on_device(tensors: Mapping[str, torch.Tensor]) -> bool:
 
 def bytes_for(layout: Layout, *, pinned: bool) -> int:
     """What `Buffers` of that layout would take."""
-    return _taken(_places(layout)[1], pinned=pinned)
+    return sum(_slabs(layout, pinned=pinned))
 
 
-def _places(layout: Layout) -> tuple[list[tuple[int, int]], list[int]]:
-    """Slab and offset of every tensor, and the sizes of the slabs."""
-    slabs: list[int] = []
-    places: list[tuple[int, int]] = []
-    for _name, shape, dtype in layout:
-        room = -(-shape.numel() * dtype.itemsize // _ALIGN) * _ALIGN
-        if not slabs or slabs[-1] + room > SLAB_BYTES:
+def _room(shape: torch.Size, dtype: torch.dtype) -> int:
+    return -(-shape.numel() * dtype.itemsize // _ALIGN) * _ALIGN
+
+
+def _slabs(layout: Layout, *, pinned: bool) -> list[int]:
+    """The sizes of the slabs for a state of `layout`, with some room for it to grow."""
+    slabs = [0]
+    for room in sorted((_room(shape, dtype) for _name, shape, dtype in layout), reverse=True):
+        if slabs[-1] and slabs[-1] + room > SLAB_BYTES:
             slabs.append(0)
-        places.append((len(slabs) - 1, slabs[-1]))
         slabs[-1] += room
-    return places, slabs
+    spare = max(_SPARE_BYTES, sum(slabs) // _SPARE_PART)
+    if not pinned:
+        slabs[-1] += spare
+        return [-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in slabs]
+    taken = [_power_of_two(size) for size in slabs if size]
+    return taken if taken and taken[-1] - slabs[-1] >= spare else [*taken, _power_of_two(spare)]
 
 
-def _taken(slabs: list[int], *, pinned: bool) -> int:
-    if pinned:
-        return sum(1 << (size - 1).bit_length() for size in slabs if size)
-    return sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in slabs)
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
+
+
+def _places(layout: Layout, slabs: list[int]) -> list[_Place] | None:
+    """Where every tensor lies, the large ones first, so that a small one that grows moves few; None: no room."""
+    places: dict[int, _Place] = {}
+    rooms = [_room(shape, dtype) for _name, shape, dtype in layout]
+    slab = start = 0
+    for index in sorted(range(len(layout)), key=lambda index: -rooms[index]):
+        while slab < len(slabs) and start + rooms[index] > slabs[slab]:
+            slab, start = slab + 1, 0
+        if slab == len(slabs):
+            return None
+        _name, shape, dtype = layout[index]
+        places[index] = (slab, start, shape, dtype)
+        start += rooms[index]
+    return [places[index] for index in range(len(layout))]
 
 
 def _pinned(size: int) -> torch.Tensor:
