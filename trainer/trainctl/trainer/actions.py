@@ -225,8 +225,8 @@ class Actions:
                     data = move_data(core.feed, loaded, skip=skip, between=reading)
             except (CheckpointError, DataUnreadable) as error:
                 return Staged(problem=f"{error}")
-            except CalledOff as why:
-                return Staged(problem=f"{why}", declined=True)
+            except CalledOff as end:
+                return Staged(problem=f"{end}", declined=True)
             finally:
                 core.doing = None
         if expired:
