@@ -37,6 +37,24 @@ def test_a_rendezvous_that_the_user_chose_is_kept(tmp_path: Path) -> None:
     assert prepare("demo", words, directory=tmp_path / "run").again("last").command[3:] == words
 
 
+@pytest.mark.parametrize(
+    ("words", "own"),
+    [
+        (["train.py"], True),
+        (["--nnodes=1", "train.py"], True),
+        (["--nnodes", "1:1", "train.py"], True),
+        (["--nnodes=2", "train.py"], False),
+        (["--node-rank=1", "--nnodes", "1:4", "train.py"], False),
+    ],
+)
+def test_launchers_of_several_nodes_make_up_no_secrets_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], own: bool
+) -> None:
+    monkeypatch.delenv("TRAINCTL_RUN_SECRET", raising=False)
+    launch = prepare("demo", words, directory=tmp_path / "run")
+    assert ("TRAINCTL_RUN_SECRET" in launch.environment) is own, "else the ranks take that of the run's directory"
+
+
 def test_with_restarts_torchrun_gets_a_rendezvous_that_it_can_hold_again(tmp_path: Path) -> None:
     launch = prepare("demo", ["--max-restarts=2", "train.py"], directory=tmp_path / "run", restarts=True)
     assert "--rdzv-backend=c10d" in launch.command

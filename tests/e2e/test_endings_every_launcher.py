@@ -6,6 +6,7 @@ import pytest
 
 from jobs import free_port, trainctl_json
 from launched import launched
+from trainctl.store.replay import read_info
 from waiting import until
 
 pytestmark = [pytest.mark.ranks, pytest.mark.thorough]
@@ -17,6 +18,7 @@ def test_a_restart_starts_every_nodes_ranks_again_and_an_abort_ends_them_for_goo
     with launched(tmp_path, *node) as first, launched(tmp_path, *node) as second:
         first.until_step(6)
         first.until_agent()
+        assert read_info(first.directory).authenticated_ranks, "one secret for all, in the run's directory"
         done = trainctl_json("restart", "--yes", *first.run)
         assert (done["state"], done["ranks"]) == ("applied", 2)
         first.until_step(done["step"] + 2, attempt=2)

@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import os
+import re
 import secrets
 import signal
 import socket
@@ -108,8 +109,9 @@ def prepare(
     given = {
         "TRAINCTL_RUN_ID": run_id,
         "TRAINCTL_RUN_DIR": str(directory),
-        "TRAINCTL_RUN_SECRET": secrets.token_hex(32),
     }
+    if not _several_nodes(torchrun):  # else each node's launcher would make one up: they share that of the directory
+        given["TRAINCTL_RUN_SECRET"] = secrets.token_hex(32)
     given |= {"TRAINCTL_RUN_NAME": name} if named else {}
     given |= {"TRAINCTL_RESUME": "1"} if resume else {}
     given |= {"OMP_NUM_THREADS": "1"} if threads and "OMP_NUM_THREADS" not in os.environ else {}
@@ -155,6 +157,12 @@ def require_torch() -> None:
             f"there is no torch in this environment ({sys.executable}), so nothing can be trained here",
             "activate the training environment, and install trainctl-cockpit into it",
         )
+
+
+def _several_nodes(torchrun: Sequence[str]) -> bool:
+    words = " ".join(torchrun)
+    found = re.search(r"(?:^| )--nnodes[= ](\S+)", words)
+    return found is not None and found[1] not in {"1", "1:1"}
 
 
 def _has_rendezvous(torchrun: Sequence[str]) -> bool:
