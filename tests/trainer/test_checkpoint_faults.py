@@ -84,7 +84,7 @@ def test_kill_9_of_either_of_two_ranks(found_at: Points) -> None:
 def test_any_sync_that_fails_makes_no_checkpoint_and_is_told(found_at_some: Points) -> None:
     points = found_at_some["fsync"]
     saves = [point for point in points if point["error"] and not point["error"].startswith("retention")]
-    assert len(saves) >= 6, "three files, the manifest, its directory and the directory above"
+    assert len(saves) >= 7, "three files, the manifest and twice its directory, and the directory above"
     for point in saves:
         assert "Input/output error" in point["error"], point
         assert point["error"].endswith(STANDS), point
