@@ -15,7 +15,6 @@ import msgspec
 import pytest
 from hub_double import (
     RUN,
-    HubProcess,
     Rank,
     hub_running,
     info,
@@ -265,6 +264,23 @@ def test_what_is_newer_than_the_file_stands(tmp_path: Path) -> None:
     assert (record.state.attempt, record.state.state, steps_of(record)) == (2, "stopped", [1])
 
 
+def test_what_another_run_left_is_not_taken(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    write_info(run_dir, info(run_dir))
+    mine = head(run_dir)
+    other = msgspec.structs.replace(mine.hello, info=msgspec.structs.replace(mine.hello.info, id="another"))
+    leave(run_dir, msgspec.structs.replace(mine, hello=other), recorded(1))
+    assert (load_record(run_dir).state.state, steps_of(load_record(run_dir))) == ("lost", [])
+    with hub_running(run_dir) as hub:
+
+        async def scenario() -> None:
+            async with peer_of(hub.card()) as peer:
+                assert (await snapshot(peer)).heads["metrics"] == 0
+
+        asyncio.run(scenario())
+    assert left_files(run_dir) == ["left-000001"]
+
+
 @pytest.mark.parametrize("damage", ["torn", "flipped", "empty", "noise", "pipe", "link"])
 def test_a_file_that_decayed_or_is_none_is_read_as_far_as_it_goes(tmp_path: Path, damage: str) -> None:
     run_dir = tmp_path / "run"
@@ -285,19 +301,5 @@ def test_a_file_that_decayed_or_is_none_is_read_as_far_as_it_goes(tmp_path: Path
         assert (record.state.state, steps_of(record)) == ("finished", list(range(1, 10)))
     else:
         assert (record.state.state, steps_of(record)) == ("lost", [])
-    with HubContext(run_dir) as hub:
-        assert hub.process.poll() is None
-
-
-class HubContext:
-    """A hub that only has to come up."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self._hub = HubProcess(run_dir)
-
-    def __enter__(self) -> HubProcess:
-        self._hub.card()
-        return self._hub
-
-    def __exit__(self, *_: object) -> None:
-        self._hub.close()
+    with hub_running(run_dir) as hub:
+        assert hub.process.poll() is None, "it came up"

@@ -24,7 +24,8 @@ def take_left(record: RunRecord, directory: Path) -> None:
         except (codec.DecodeError, OSError) as error:
             log.warning("%s cannot be read, and is passed over: %s", path, error)
             continue
-        _take(record, left)
+        if left.head.hello.info.id == record.info.id:
+            _take(record, left)
 
 
 def _take(record: RunRecord, left: Left) -> None:

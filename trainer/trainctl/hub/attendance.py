@@ -117,14 +117,14 @@ class Attendance:
         if self._line.linked:
             self._board.become(life.tick(wall, now))
             return
-        gone = not life.ended and self._board.state.attempt > 0 and now - self.idle_since > self.patience_s
+        gone = not life.ended and now - self.idle_since > self.patience_s
         if gone and (self._giving_up is None or self._giving_up.done()):
             self._giving_up = asyncio.create_task(self._give_up())
 
     async def _give_up(self) -> None:
         """Nobody came back: say how the run ended, as far as anybody wrote that down."""
         await self.left.bring()
-        if self._line.linked or self._board.life.ended:
+        if self._line.linked or self._board.life.ended or self._board.state.attempt == 0:
             return
         ending = self._endings.of(self._board.state.attempt)
         # Without an ending this hub was started again, and rank 0 went meanwhile.

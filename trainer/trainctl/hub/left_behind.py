@@ -9,6 +9,8 @@ from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
+
 from trainctl.hub.aside import Aside, StillBusy
 from trainctl.hub.board import RunBoard
 from trainctl.hub.disk import Disk
@@ -56,7 +58,8 @@ class LeftBehind:
             try:
                 for path in await Aside(partial(left_in, self._directory, up_to)).run(_LOOK_S):
                     if path not in self._known:
-                        await self._bring(path)
+                        with contextlib.suppress(OSError):  # that one cannot be read now
+                            await self._bring(path)
             except (OSError, StillBusy) as error:
                 log.warning("whether rank 0 left something in %s is not known: %s", self._directory, error)
 
@@ -78,10 +81,15 @@ class LeftBehind:
             log.warning("%s is damaged, and passed over: %s", path, error)
             self._known.add(path)
             return
+        info = left.head.hello.info
+        if info.id != self._record.info.id:
+            log.warning("%s is of the run %s, and passed over", path, info.id)
+            self._known.add(path)
+            return
         attempt, records = left.head.attempt, left.records()
         have = self._have.setdefault(path, self._record.link_have(attempt))
         if attempt >= self._board.state.attempt and not self._board.knows(attempt):
-            self._board.take_info(left.head.hello.info)
+            self._board.take_info(msgspec.structs.replace(info, dir=str(self._directory)))  # it may have been moved
             self._board.begin(left.head.hello)
         while some := await _aside(lambda: list(islice(records, _AT_ONCE))):
             for record in some:

@@ -25,11 +25,9 @@ def leave_behind(link: Link, directory: Path, *, run: RunState, bye: LinkBye) ->
     try:
         path = leave(directory, head, (encoded for _, _, encoded in left if encoded))
     except OSError as error:
-        log.warning("%s, and they cannot be kept in %s (%s): the hub has what the link holds", said, directory, error)
+        log.warning("%s; the rest cannot be kept in %s (%s): the hub has what the link holds", said, directory, error)
     else:
-        log.warning(
-            "%s: it takes them from %s, and so does whoever opens the run's directory before it did", said, path
-        )
+        log.warning("%s: %s has the rest, for the hub and for whoever opens the run's directory", said, path)
         return
     every = [(number, weight) for number, weight, _ in left]
     alone = Head(hello=head.hello, run=run, bye=bye, time=head.time, doubtful=every)

@@ -338,8 +338,9 @@ class Run:
     def close(self, *, failed: str | None = None) -> None:
         """End this rank's part: running saves are completed, what is left is sent. Called again it does nothing.
 
-        A hub that is frozen or gone holds this up for 3 s, one that is only starting for 10 s at most; so does a device
-        that has not computed what was logged: after 3 s in which no value came, those that miss are counted and told.
+        A hub that is frozen or gone holds this up for 3 s, one that is only starting for 10 s at most; what it did not
+        take it finds in the run's directory. A device that has not computed what was logged holds it up, too: after 3 s
+        in which no value came, those that miss are counted and told.
         """
         if self._closed or os.getpid() != self._pid:
             return
