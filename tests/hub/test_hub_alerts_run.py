@@ -27,7 +27,11 @@ def test_kill_9_of_rank_0_of_a_real_run_wakes_somebody(tmp_path: Path) -> None:
         os.kill(pid, signal.SIGKILL)
         until(lambda: (config / "heard").exists() and (config / "heard").read_text().endswith("\n"), 20)
         os.kill(running.process.pid, signal.SIGCONT)
-    (alert,) = [json.loads(line) for line in (config / "heard").read_text().splitlines()]
+    alerts = [json.loads(line) for line in (config / "heard").read_text().splitlines()]
+    assert [alert["summary"].partition(" at step")[0] for alert in alerts] == [
+        f"regression on {os.uname().nodename}: lost"
+    ]
+    alert = alerts[0]
     assert (alert["kind"], alert["state"], alert["run"]) == ("state", "lost", "regression")
     assert alert["step"] >= 5
     assert alert["dir"] == str(tmp_path / "run")
