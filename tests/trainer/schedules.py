@@ -1,12 +1,15 @@
 """Every schedule that a script may have, made anew for an optimizer; none of it knows of overrides."""
 
+import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 from torch.optim import Optimizer
 from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR
+from transformers import optimization as of_transformers
 
 STEPS = 40
 Make: TypeAlias = Callable[[Optimizer], Any]
@@ -50,47 +53,40 @@ def classes_of_torch() -> set[str]:
     }
 
 
-# --- the schedules of Transformers, by their formulas: shares of the learning rate, after `warmup` steps up a line.
-# There they are LambdaLRs, too; the library itself is large, and is not installed for this.
-
-
-def with_warmup(share: Callable[[int], float], warmup: int = 6) -> Make:
-    return _lambda(lambda step: step / warmup if step < warmup else share(step))
-
-
-def progress(step: int, warmup: int = 6) -> float:
-    return (step - warmup) / max(1, STEPS - warmup)
-
-
-def _polynomial(step: int, *, end: float = 1e-7, initial: float = 0.1, power: float = 2.0) -> float:
-    if step > STEPS:
-        return end / initial
-    return ((initial - end) * (1 - progress(step)) ** power + end) / initial
-
-
-def _warmup_stable_decay(step: int, *, stable: int = 15, decay: int = 10, floor: float = 0.1) -> float:
-    if step < 6 + stable:
-        return 1.0
-    if step < 6 + stable + decay:
-        return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * (step - 6 - stable) / decay))
-    return floor
-
-
+# By the function in transformers.optimization, so that one that the library adds cannot be forgotten either.
 OF_TRANSFORMERS: dict[str, Make] = {
-    "constant": _lambda(lambda _step: 1.0),
-    "constant with warm-up": with_warmup(lambda _step: 1.0),
-    "linear": with_warmup(lambda step: max(0.0, 1.0 - progress(step))),
-    "cosine": with_warmup(lambda step: max(0.0, 0.5 * (1.0 + math.cos(math.pi * 2.0 * 0.5 * progress(step))))),
-    "cosine with hard restarts": with_warmup(
-        lambda step: 0.0 if progress(step) >= 1 else 0.5 * (1.0 + math.cos(math.pi * ((3 * progress(step)) % 1.0)))
+    "get_constant_schedule": of_transformers.get_constant_schedule,
+    "get_constant_schedule_with_warmup": lambda o: of_transformers.get_constant_schedule_with_warmup(o, 6),
+    "get_linear_schedule_with_warmup": lambda o: of_transformers.get_linear_schedule_with_warmup(o, 6, STEPS),
+    "get_cosine_schedule_with_warmup": lambda o: of_transformers.get_cosine_schedule_with_warmup(o, 6, STEPS),
+    "get_cosine_with_hard_restarts_schedule_with_warmup": lambda o: (
+        of_transformers.get_cosine_with_hard_restarts_schedule_with_warmup(o, 6, STEPS, num_cycles=3)
     ),
-    "cosine with a floor": with_warmup(
-        lambda step: max(0.0, 0.1 + 0.9 * 0.5 * (1.0 + math.cos(math.pi * progress(step))))
+    "get_cosine_with_min_lr_schedule_with_warmup": lambda o: (
+        of_transformers.get_cosine_with_min_lr_schedule_with_warmup(o, 6, STEPS, min_lr_rate=0.1)
     ),
-    "polynomial": with_warmup(_polynomial),
-    "inverse square root": with_warmup(lambda step: 1.0 / math.sqrt((step + 6) / 6)),
-    "warm-up, stable, decay": with_warmup(_warmup_stable_decay),
+    "get_cosine_with_min_lr_schedule_with_warmup_lr_rate": lambda o: (
+        of_transformers.get_cosine_with_min_lr_schedule_with_warmup_lr_rate(
+            o, 6, STEPS, min_lr=0.01, warmup_lr_rate=0.1
+        )
+    ),
+    "get_polynomial_decay_schedule_with_warmup": lambda o: of_transformers.get_polynomial_decay_schedule_with_warmup(
+        o, 6, STEPS, power=2.0
+    ),
+    "get_inverse_sqrt_schedule": lambda o: of_transformers.get_inverse_sqrt_schedule(o, 6),
+    "get_wsd_schedule": lambda o: of_transformers.get_wsd_schedule(o, 6, 10, num_stable_steps=15, min_lr_ratio=0.1),
+    "get_reduce_on_plateau_schedule": lambda o: of_transformers.get_reduce_on_plateau_schedule(o, patience=2),
+    "get_greedy_schedule": lambda o: of_transformers.get_greedy_schedule(o, patience=2),
 }
+
+
+def schedules_of_transformers() -> set[str]:
+    """Every schedule that transformers.optimization makes.
+
+    Left out are the one function that picks among these by name, and Adafactor's, which only tells the rate it takes.
+    """
+    made = {name for name in vars(of_transformers) if re.fullmatch(r"get_\w*schedule\w*", name)}
+    return made - {"get_scheduler", "get_adafactor_schedule"}
 
 
 class RewritesGroups:
@@ -129,8 +125,8 @@ ALL: Mapping[str, Make] = OF_TORCH | {f"transformers: {name}": make for name, ma
 
 
 def advance(scheduler: Any, step: int) -> None:
-    """One step of a scheduler; the plateau's sees a loss that goes up and down."""
-    if isinstance(scheduler, schedules.ReduceLROnPlateau):
+    """One step of a scheduler; one that goes by a metric sees a loss that goes up and down."""
+    if "metrics" in inspect.signature(scheduler.step).parameters:
         scheduler.step(1.0 + step % 5)
     else:
         scheduler.step()

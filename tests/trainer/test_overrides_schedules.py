@@ -9,7 +9,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from schedules import ALL, OF_TORCH, STEPS, advance, classes_of_torch
+from schedules import (
+    ALL,
+    OF_TORCH,
+    OF_TRANSFORMERS,
+    STEPS,
+    advance,
+    classes_of_torch,
+    schedules_of_transformers,
+)
 from torch.optim import SGD, AdamW, Optimizer, lr_scheduler
 
 from trainctl.trainer.override_rules import RELEASE
@@ -21,6 +29,10 @@ AT = 13
 
 def test_no_scheduler_of_torch_is_left_out() -> None:
     assert classes_of_torch() == OF_TORCH.keys()
+
+
+def test_no_schedule_of_transformers_is_left_out() -> None:
+    assert schedules_of_transformers() == OF_TRANSFORMERS.keys()
 
 
 class Twin:
