@@ -29,7 +29,6 @@ from torch import nn
 
 from trainctl.trainer import Run
 from trainctl.trainer import control as control_module
-from trainctl.trainer import meeting as meeting_module
 from trainctl.trainer.agreement import COMMIT, GO
 from trainctl.trainer.control import InDoubt
 from trainctl.trainer.meeting import Connection, Meeting
@@ -85,12 +84,12 @@ def before_deciding(wanted: bytes, fault: Callable[[], None]) -> None:
 
 
 def cut_while_told(line: list[int], output: Path) -> None:
-    open_again = meeting_module._open_again
+    open_again = Meeting._open_again
 
-    def refused() -> Any:
+    def refused(self: Meeting) -> Any:
         if (output / "cut").exists():
             raise ConnectionRefusedError("Connection refused")
-        return open_again()
+        return open_again(self)
 
     def watch() -> None:
         while not (output / "cut").exists():
@@ -98,7 +97,7 @@ def cut_while_told(line: list[int], output: Path) -> None:
         cut(line[0])
         (output / "is-cut").touch()
 
-    meeting_module._open_again = refused
+    Meeting._open_again = refused  # type: ignore[method-assign]
     threading.Thread(target=watch, daemon=True).start()
 
 

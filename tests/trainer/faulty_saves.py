@@ -159,10 +159,10 @@ def power_cuts(directory: Path, *, honest: bool) -> None:
     subprocess.run(["mkfs.ext4", "-q", str(image)], check=True, timeout=30)
     mounted(image, at)
     try:
-        training = Small(at / "run" / "checkpoints", width=8)
-        assert training.save("b") is None
+        assert Small(at / "run" / "checkpoints", width=8).save("b") is None
 
         def work() -> None:
+            training = Small(at / "run" / "checkpoints", width=8)
             how = STOP if honest else STOP | LIE
             effects.arm(at, how, kinds=("fsync", "rename", "mkdir", "unlink"))
             assert training.save("c") is None
