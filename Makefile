@@ -6,7 +6,7 @@ DEMO := $(VENV)/.demo
 ALL := .[train,dev]
 BIN := $(VENV)/bin
 
-.PHONY: demo test histories thorough soak check format picture clean
+.PHONY: demo test thorough exhaustive soak check format picture clean
 
 demo: $(DEMO)
 	@$(BIN)/trainctl demo
@@ -14,13 +14,14 @@ demo: $(DEMO)
 test: $(STAMP)
 	@$(BIN)/python -m pytest
 
-# Two thousand simulated histories, from seeds of their own; CI runs them after the tests.
-histories: $(STAMP)
-	@$(BIN)/python -m pytest -m thorough tests/histories/test_history_simulated.py
-
-# What takes minutes and finds what is rare: all histories, many ranks, every fault.
+# What takes minutes and finds what is rare: thousands of histories, many ranks, every fault; CI runs it after the tests.
+# It waits more than it computes, hence three at a time.
 thorough: $(STAMP)
-	@$(BIN)/python -m pytest -m thorough
+	@$(BIN)/python -m pytest -m thorough --numprocesses 3 --dist load -rfEp
+
+# What takes longest, each with a smaller brother above.
+exhaustive: $(STAMP)
+	@$(BIN)/python -m pytest -m exhaustive
 
 # Random histories of commands and faults, judged, for as long as told: make soak MINUTES=60
 MINUTES ?= 10

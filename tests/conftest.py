@@ -18,7 +18,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 def pytest_configure(config: pytest.Config) -> None:
     """Where no file was named, leave out what takes minutes; whoever names one wants all that is in it."""
     if not config.option.markexpr and config.args_source is not pytest.Config.ArgsSource.ARGS:
-        config.option.markexpr = "not thorough"
+        config.option.markexpr = "not thorough and not exhaustive"
 
 
 @pytest.fixture(autouse=True)

@@ -99,7 +99,7 @@ def tensors(run_dir: Path, info: CheckpointInfo, scratch: Path) -> dict[str, tor
     "how",
     [
         pytest.param([], marks=pytest.mark.thorough),
-        pytest.param(["--sharding", "fsdp", "--amp", "bf16", "--accumulate", "2"], marks=pytest.mark.thorough),
+        pytest.param(["--sharding", "fsdp", "--amp", "bf16", "--accumulate", "2"], marks=pytest.mark.exhaustive),
         pytest.param(["--sharding", "fsdp", "--amp", "fp16", "--accumulate", "2"], marks=pytest.mark.thorough),
     ],
     ids=lambda how: " ".join(how) or "ddp",

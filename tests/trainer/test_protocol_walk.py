@@ -146,7 +146,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("count", "troubles"),
-    [(1, 3), (2, 1), pytest.param(2, 2, marks=pytest.mark.thorough), pytest.param(3, 1, marks=pytest.mark.thorough)],
+    [(1, 3), (2, 1), pytest.param(2, 2, marks=pytest.mark.thorough), pytest.param(3, 1, marks=pytest.mark.exhaustive)],
 )
 @pytest.mark.parametrize("two_phase", [False, True])
 def test_every_order_of_what_can_happen_keeps_all_that_is_promised(count: int, troubles: int, two_phase: bool) -> None:

@@ -133,9 +133,14 @@ def test_on_two_ranks_rollbacks_are_exact_and_leave_out_exactly_the_micro_batche
                     assert line["data"] == [index + 2 * at, index + 2 * at + 1], "indices stay absolute"
 
 
-@pytest.mark.thorough
 @pytest.mark.timeout(400)  # three starts of four ranks with eight workers
-@pytest.mark.parametrize("order", [[], ["--drawn"]], ids=["by a sampler", "drawn"])
+@pytest.mark.parametrize(
+    "order",
+    [
+        pytest.param([], marks=pytest.mark.thorough, id="by a sampler"),
+        pytest.param(["--drawn"], marks=pytest.mark.exhaustive, id="drawn"),
+    ],
+)
 def test_rollbacks_before_and_after_a_resume_on_four_ranks(order: list[str], tmp_path: Path) -> None:
     with job("exact.py", 4, tmp_path / "straight", ["--steps", str(STEPS), *order]) as running:
         straight = trained(running)

@@ -15,7 +15,7 @@ def losses(lines: list[dict[str, object]], incarnation: int) -> dict[object, obj
     return {line["step"]: line["loss"] for line in lines if line["incarnation"] == incarnation}
 
 
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_trained_to_40_rolled_back_to_20_and_trained_on_is_as_never_having_left(ranks: int, tmp_path: Path) -> None:
     with job("regression.py", ranks, tmp_path / "straight", ["--steps", STEPS]) as straight:
         assert straight.wait(120) == 0, straight.log()
