@@ -8,16 +8,20 @@
     one outcome for one id, to everybody who asked, in the audit log and in the run's record; it never changes
     audit       nothing is applied that has no line in the log from before, and the chain of the log is whole
     an end      what was accepted has an outcome, unless the history was cut off
+    trials      a change on trial is undone on every rank, to what was before it, or kept on every rank: where its
+                condition holds or an operator withdrew its undoing, and somebody was told so (trials.py)
 """
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from trials import trials
+
 from trainctl.store.audit import verify_lines
-from trainctl.wire.commands import FINAL_COMMAND_STATES
+from trainctl.wire.commands import FINAL_COMMAND_STATES, Command
 
 Fate = Literal["lives", "left", "died"]
 UNTOUCHED = frozenset({"rejected", "conflict", "expired", "superseded"})
@@ -36,12 +40,28 @@ class Applied:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Kept:
+    """The change of this id was on trial no more on a rank, though nothing was applied. `behind` so many commands."""
+
+    id: str
+    step: int
+    incarnation: int = 1
+    behind: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankRecord:
-    """What one rank wrote down while it lived. `left`: its loop was over; `died`: it was killed, or ended itself."""
+    """What one rank wrote down while it lived. `left`: its loop was over; `died`: it was killed, or ended itself.
+
+    `values` and `on_trial`: what it had in the end, by name, and the changes still on trial; None where nobody looked.
+    """
 
     rank: int
     applied: Sequence[Applied] = ()
     fate: Fate = "lives"
+    kept: Sequence[Kept] = ()
+    values: Mapping[str, object] = field(default_factory=dict)
+    on_trial: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +81,7 @@ class History:
     """`told` in the order in which each operator heard it; `outcomes` as the run's record has them at the end.
 
     `unaudited` are ids that may have no line: the hub could not write, and the command was one to stop or save.
+    `commands` as they were sent, by id; `initial` values by name; `notes` that rank 0 made, None where nobody looked.
     """
 
     ranks: Sequence[RankRecord]
@@ -70,6 +91,9 @@ class History:
     reasons: dict[str, str] = field(default_factory=dict)
     unaudited: frozenset[str] = frozenset()
     complete: bool = True
+    commands: Mapping[str, Command] = field(default_factory=dict)
+    initial: Mapping[str, object] = field(default_factory=dict)
+    notes: Sequence[str] | None = None
 
 
 def problems(history: History) -> list[str]:
@@ -83,6 +107,7 @@ def problems(history: History) -> list[str]:
         _audited,
         _chain,
         _ended,
+        trials,
     ]
     return [f"{rule.__name__.strip('_')}: {problem}" for rule in rules for problem in rule(history)]
 

@@ -45,7 +45,7 @@ from trainctl.wire.commands import (
     SetTunable,
     Stop,
 )
-from trainctl.wire.messages import CheckpointInfo
+from trainctl.wire.messages import CheckpointInfo, Note
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -136,6 +136,8 @@ class Scene:
         self.link = RankLink(world, self.job, self.disk)
         self.operators = [Operator(world, name, self._hub) for name in ("mk", "jo", "end")]
         self.ids: list[str] = []
+        self._sent: dict[str, Command] = {}
+        self._initial = self.job.ranks[0].values
         self._traps: list[tuple[int, str, int, Callable[[], None]]] = []
         self.job.store.trap = self._spring
         for number in range(dice.randint(2, 12)):
@@ -206,6 +208,7 @@ class Scene:
 
     def _send(self, operator: Operator, command: Command) -> None:
         self.say(f"{operator.name} sends {command}")
+        self._sent[command.id] = command
         operator.send(command)
 
     def _end(self) -> None:
@@ -303,6 +306,12 @@ class Scene:
             outcomes=dict(outcomes),
             reasons={} if hub is None else {name: str(found.reason) for name, found in hub.record.commands.items()},
             complete=hub is not None and hub.ended,
+            commands=self._sent,
+            initial=self._initial,
+            notes=[
+                *self.job.notes,
+                *(event.text for event in self.job.ranks[0].core.events if isinstance(event, Note)),
+            ],
         )
         found = [*problems(history), *self._hangs(), *self.world.errors]
         states: dict[str, int] = {}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from history import Applied, Fate, RankRecord
+from history import Applied, Fate, Kept, RankRecord
 from simulated_time import WALL, Process, World
 
 from trainctl.trainer import evaluation
@@ -27,7 +27,7 @@ from trainctl.trainer.phases import Phases
 from trainctl.trainer.sender import Sender
 from trainctl.trainer.tunables import Tunables, TunableValue
 from trainctl.wire.commands import Command, Evaluate, Rollback, Stop
-from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand, Scalar
+from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand, Note, Scalar
 
 LEAVE_S = 3.0
 Trap = Callable[[int, str, str], None]
@@ -154,6 +154,7 @@ class RecordingActions(Actions):
     """Writes down what is applied, as it is applied."""
 
     applied: list[Applied]
+    kept: list[Kept]
     now: Callable[[], float]
     _stop: Proposal | None = None
     _asked: Proposal | None = None  # the evaluation that an operator asked for, while it runs
@@ -165,6 +166,17 @@ class RecordingActions(Actions):
         if outcome.ok and not (outcome.pending and isinstance(proposal.command.action, Evaluate | Stop)):
             self._record(proposal, outcome.step, outcome.after)
             assert outcome.step == step or isinstance(proposal.command.action, Rollback)
+        return outcome
+
+    def _two_phases(self, armed: Armed) -> Outcome:
+        reverts, boundary = self._core.reverts, self._core.boundary
+        before = reverts.steps_left(0)
+        outcome = super()._two_phases(armed)
+        self.kept += [
+            Kept(id=name, step=boundary.completed, incarnation=self._core.incarnation, behind=len(self.applied))
+            for name in before
+            if not outcome.ok and reverts.get(name) is None
+        ]
         return outcome
 
     def _evaluate(self, proposal: Proposal) -> bool:
@@ -294,7 +306,7 @@ class SimulatedRank:
         )
         self.control.world = world
         self.actions = RecordingActions(self.core, self.control)
-        self.actions.applied = []
+        self.actions.applied, self.actions.kept = [], []
         self.actions.now = lambda: WALL + world.now
         self.tasks = [
             world.spawn(self.process, "train", self._train),
@@ -304,7 +316,19 @@ class SimulatedRank:
 
     @property
     def record(self) -> RankRecord:
-        return RankRecord(rank=self.number, applied=self.actions.applied, fate=self.fate)
+        return RankRecord(
+            rank=self.number,
+            applied=self.actions.applied,
+            fate=self.fate,
+            kept=self.actions.kept,
+            values=self.values,
+            on_trial=frozenset(self.core.reverts.steps_left(0)),
+        )
+
+    @property
+    def values(self) -> dict[str, object]:
+        assert self.core.overrides is not None
+        return {**self.core.tunables.values(), "lr": self.core.overrides.effective_lr()}
 
     def _train(self) -> None:
         boundary, world, job = self.core.boundary, self.job.world, self.job
@@ -421,6 +445,7 @@ class SimulatedJob:
         self.store = SimulatedStore(world, slow)
         self.saves = Saves(self)
         self.ranks: list[SimulatedRank] = []
+        self.notes: list[str] = []  # that rank 0 told
         self.said_bye = False
         self.leader_over = False
         self.inbox: deque[LinkCommand | LinkCancel] = deque()
@@ -476,6 +501,8 @@ class SimulatedJob:
             event = core.events.popleft()
             if isinstance(event, CommandUpdate):
                 told.append(event)
+            elif isinstance(event, Note):
+                self.notes.append(event.text)
         return told
 
     def die(self, rank: int) -> None:

@@ -1,0 +1,185 @@
+"""What becomes of changes on trial in a history: each is undone at its time, or kept for a reason that was told.
+
+It follows each rank's own record with nothing but what was sent: the newest value of each thing, and what it goes back
+to. So it needs no word of the trainer about what is on trial, and holds that against what it finds.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import isclose
+from typing import TYPE_CHECKING
+
+from trainctl.wire.commands import (
+    FINAL_COMMAND_STATES,
+    Cancel,
+    Command,
+    LrRelease,
+    LrScale,
+    LrSet,
+    Rollback,
+    SetTunable,
+)
+from trainctl.wire.expressions import parse
+
+if TYPE_CHECKING:
+    from history import Applied, History, Kept, RankRecord
+
+UNDOING = re.compile(r"(.+)\.undo(\.\d+)?")
+
+
+@dataclass
+class _Trial:
+    command: Command
+    begun: int
+
+    @property
+    def due(self) -> int:
+        return self.begun + (self.command.revert_after or 0)
+
+    def stays(self, step: int) -> bool:
+        """Whether its condition holds behind this step; those of histories speak of steps alone."""
+        return self.command.unless is not None and parse(self.command.unless)({"step": step})
+
+
+def undone_by(name: str) -> str | None:
+    """The change that a command of this id undoes, or None."""
+    found = UNDOING.fullmatch(name)
+    return found[1] if found else None
+
+
+def thing_of(command: Command | None) -> str | None:
+    """What a command changes, None where it changes no value. The histories' changes are for all groups."""
+    match command:
+        case Command(action=SetTunable(name=name)):
+            return name
+        case Command(action=LrScale() | LrSet() | LrRelease()):
+            return "lr"
+        case _:
+            return None
+
+
+class _Life:
+    """One rank's record, followed from its beginning."""
+
+    def __init__(self, record: "RankRecord", history: "History") -> None:
+        self._record = record
+        self._history = history
+        self._now: dict[str, object] = dict(history.initial)
+        self._confirmed: dict[str, object] = dict(history.initial)  # what the end of a trial goes back to
+        self._trials: dict[str, _Trial] = {}  # by what is changed
+
+    def problems(self) -> Iterator[str]:
+        kept = list(self._record.kept)
+        for number, applied in enumerate(self._record.applied):
+            while kept and kept[0].behind <= number:
+                yield from self._keep(kept.pop(0))
+            yield from self._apply(applied)
+        for one in kept:
+            yield from self._keep(one)
+        yield from self._end()
+
+    def _apply(self, applied: "Applied") -> Iterator[str]:
+        if (changed := undone_by(applied.id)) is not None:
+            yield from self._undo(applied, changed)
+            return
+        command = self._history.commands.get(applied.id)
+        if command is not None and isinstance(command.action, Rollback):
+            for trial in self._trials.values():
+                trial.begun = min(trial.begun, int(str(applied.after)))
+        elif command is not None and (thing := thing_of(command)) is not None:
+            self._now[thing] = applied.after
+            self._trials.pop(thing, None)
+            if command.revert_after is not None:
+                self._trials[thing] = _Trial(command, applied.step)
+            else:
+                self._confirmed[thing] = applied.after
+
+    def _undo(self, applied: "Applied", changed: str) -> Iterator[str]:
+        rank, thing = self._record.rank, thing_of(self._history.commands.get(changed))
+        trial = self._trials.get(thing) if thing is not None else None
+        if thing is None or trial is None or trial.command.id != changed:
+            yield f"rank {rank} applied {applied.id}, and {changed} was not on trial"
+            return
+        if applied.step < trial.due:
+            yield f"rank {rank} undid {changed} at step {applied.step}, and not at {trial.due}"
+        if trial.stays(applied.step):
+            yield f"rank {rank} undid {changed} at step {applied.step}, where {trial.command.unless} holds"
+        if thing in self._confirmed and not _alike(applied.after, self._confirmed[thing]):
+            yield f"rank {rank} undid {changed}: {thing} is {applied.after}, and was {self._confirmed[thing]} before"
+        self._now[thing] = applied.after
+        del self._trials[thing]
+
+    def _keep(self, kept: "Kept") -> Iterator[str]:
+        rank, thing = self._record.rank, thing_of(self._history.commands.get(kept.id))
+        trial = self._trials.get(thing) if thing is not None else None
+        if thing is None or trial is None or trial.command.id != kept.id:
+            yield f"rank {rank} kept {kept.id}, which was not on trial"
+            return
+        holds = kept.step >= trial.due and trial.stays(kept.step)
+        if not holds and kept.id not in _withdrawn(self._history):
+            yield (
+                f"rank {rank} kept {kept.id} at step {kept.step}: nobody withdrew its undoing, it is due at step "
+                f"{trial.due}, and was to be kept if {trial.command.unless}"
+            )
+        self._confirmed[thing] = self._now.get(thing)
+        del self._trials[thing]
+
+    def _end(self) -> Iterator[str]:
+        record, expected = self._record, {trial.command.id for trial in self._trials.values()}
+        if record.on_trial is not None and record.on_trial != expected:
+            yield f"rank {record.rank} has {sorted(record.on_trial)} on trial in the end, and not {sorted(expected)}"
+        for thing, value in record.values.items():
+            if thing in self._now and not _alike(value, self._now[thing]):
+                yield f"rank {record.rank} has {thing} {value} in the end, and not {self._now[thing]}"
+
+
+def trials(history: "History") -> Iterator[str]:
+    """What is wrong with changes on trial: their ends on each rank, alike on all, and what was told of them."""
+    for record in history.ranks:
+        yield from _Life(record, history).problems()
+    yield from _no_half(history)
+    yield from _reasons(history)
+
+
+def _no_half(history: "History") -> Iterator[str]:
+    """Who did not die kept what any other kept, at the same place."""
+    most = max(history.ranks, key=lambda record: len(record.kept))
+    for record in history.ranks:
+        own, others = list(record.kept), list(most.kept)
+        if own != others[: len(own)] or (len(own) < len(others) and record.fate != "died"):
+            yield f"rank {record.rank} {record.fate} and kept {own}, rank {most.rank} {others}"
+
+
+def _reasons(history: "History") -> Iterator[str]:
+    """Whoever is told why a change stays, or that its end came to nothing, is told the truth; and somebody is told."""
+    applied = {one.id for record in history.ranks for one in record.applied}
+    kept = {one.id for record in history.ranks for one in record.kept}
+    if history.notes is not None:
+        for name in sorted({one.id for one in history.ranks[0].kept}):
+            if not any(text.endswith(f"the change of command {name} stays") for text in history.notes):
+                yield f"{name} was kept, and nobody was told why"
+    for name, state in sorted(history.outcomes.items()):
+        changed, reason = undone_by(name), history.reasons.get(name, "")
+        if changed is None or state not in FINAL_COMMAND_STATES - {"applied", "unknown"}:
+            continue
+        newer = re.match(r"(?:rank \d+: )?(\S+) took its place", reason)
+        if newer is not None and thing_of(history.commands.get(newer[1])) != thing_of(history.commands.get(changed)):
+            yield f"{name} is {state} for {newer[1]}, which changes something else"
+        if newer is not None and newer[1] not in applied:
+            yield f"{name} is {state} for {newer[1]}, which no rank applied"
+        on_trial_still = any(changed in (record.on_trial or ()) or record.fate == "died" for record in history.ranks)
+        if re.search(r"cancelled by|stays$", reason) and changed not in kept and not on_trial_still:
+            yield f"{name} is {state} ({reason}), and no rank kept {changed}"
+
+
+def _withdrawn(history: "History") -> set[str | None]:
+    """The changes whose undoing an operator sent a cancel for."""
+    actions = [command.action for command in history.commands.values()]
+    return {undone_by(action.command) for action in actions if isinstance(action, Cancel)} - {None}
+
+
+def _alike(one: object, other: object) -> bool:
+    if isinstance(one, int | float) and isinstance(other, int | float):
+        return isclose(one, other, rel_tol=1e-9)
+    return one == other
