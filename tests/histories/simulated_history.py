@@ -12,6 +12,7 @@ from history import History, problems
 from simulated_hub import Disk, Operator, RankLink, SimulatedHub
 from simulated_job import SimulatedJob
 from simulated_time import World, simulated
+from trials import undone_by
 
 from trainctl.hub import audit_trail, audit_writer
 from trainctl.hub import desk as desk_module
@@ -46,6 +47,7 @@ from trainctl.wire.commands import (
     Stop,
 )
 from trainctl.wire.messages import CheckpointInfo, Note
+from trainctl.wire.own_ids import undoing_id
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,6 +72,7 @@ ACTS_STEPS = 60  # in which commands and faults fall
 CALM_S = 5.0  # after the last fault, before whatever still trains is ended
 HORIZON_S = 600.0
 DOUBT_SLACK_S = 3.0
+TRIALS_S = 120.0  # of calm, in which every change on trial comes to its end
 _MOMENTS = [
     f"{moment} {kind}:{key}"
     for moment in ("before", "after")
@@ -89,6 +92,8 @@ class Lived:
     story: list[str]
     states: dict[str, int] = field(default_factory=dict)
     inside: int = 0  # commands that took effect between two batches of an evaluation, on rank 0
+    undone: int = 0  # changes on trial, on rank 0
+    kept: int = 0
     applied: int = 0
 
 
@@ -115,6 +120,7 @@ class Scene:
         self.dice = dice = world.dice
         self.story: list[str] = []
         self._calm_at = 0.0
+        self._endless: list[str] = []  # changes on trial that come to no end
         ranks = dice.choice((1, 2, 2, 2, 3, 4))
         step_s = dice.choice((0.002, 0.02, 0.2, 1.0))
         steps = dice.randint(20, 120) if dice.random() < 0.3 else 10**6
@@ -201,7 +207,9 @@ class Scene:
         if kind < 0.84:
             return Rollback(target="last")
         if kind < 0.93 and self.ids:
-            return Cancel(command=dice.choice(self.ids))
+            target = dice.choice(self.ids)
+            # Its undoing, if it is on trial: withdrawn, the change stays.
+            return Cancel(command=undoing_id(target) if dice.random() < 0.3 else target)
         return dice.choice(
             (Stop(), Stop(), Abort(), Evaluate(), Evaluate(), AddNote(text="so it is"), AddNote(text="so it was"))
         )
@@ -222,8 +230,24 @@ class Scene:
             self.say("the job is cancelled")  # without a store training goes on, and no command reaches it
             self.job.die(0)
             return
+        if self._awaits_trials():
+            self.world.at(self.world.now + 2.0, self._end)
+            return
         self._send(self.operators[2], Command(id=f"end{self.world.now:.0f}", action=Abort()))
         self.world.at(self.world.now + 20.0, self._end)
+
+    def _awaits_trials(self) -> bool:
+        """Changes are on trial, and nothing is in the way of their end: it has to come, and it is waited for."""
+        ranks, now = self.job.ranks, self.world.now
+        on_trial = ranks[0].core.reverts.steps_left(ranks[0].core.boundary.completed)
+        if not on_trial or any(rank.fate != "lives" or rank.core.ending is not None for rank in ranks):
+            return False
+        if now > self._calm_at + TRIALS_S:
+            self._endless = [f"trials: {name} is on trial, {left} steps left" for name, left in on_trial.items()]
+            return False
+        if any(rank.core.hold is not None for rank in ranks):
+            self._send(self.operators[2], Command(id=f"go{now:.0f}", action=Resume()))
+        return True
 
     # --- faults
 
@@ -313,7 +337,7 @@ class Scene:
                 *(event.text for event in self.job.ranks[0].core.events if isinstance(event, Note)),
             ],
         )
-        found = [*problems(history), *self._hangs(), *self.world.errors]
+        found = [*problems(history), *self._hangs(), *self._endless, *self.world.errors]
         states: dict[str, int] = {}
         for state in outcomes.values():
             states[state] = states.get(state, 0) + 1
@@ -327,6 +351,8 @@ class Scene:
             states=states,
             applied=sum(len(rank.actions.applied) for rank in self.job.ranks),
             inside=self.job.ranks[0].in_evaluations,
+            undone=sum(undone_by(one.id) is not None for one in self.job.ranks[0].actions.applied),
+            kept=len(self.job.ranks[0].actions.kept),
         )
 
     def _hangs(self) -> list[str]:
