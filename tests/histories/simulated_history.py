@@ -26,6 +26,7 @@ from trainctl.trainer import (
     evaluation,
     gathering,
     leader,
+    meeting,
     outcomes,
     sender,
 )
@@ -61,6 +62,7 @@ _SIMULATED = (
     evaluation,
     gathering,
     leader,
+    meeting,
     outcomes,
     sender,
     desk_module,
@@ -79,6 +81,7 @@ _MOMENTS = [
     for kind, key in (
         ("decide", "p/"), ("set", "a/"), ("get", "a/"), ("decide", "d/"), ("set", "l/"), ("get", "l/"),
         ("decide", "c/"), ("set", "r/"), ("get", "r/"), ("get", "p/"), ("get", "d/"), ("set", "h/"), ("decide", "m/"),
+        ("check", "l/"), ("check", "l/"), ("check", "r/"),
     )
 ]  # fmt: skip
 
@@ -105,6 +108,7 @@ def live(seed: int, directory: Path) -> Lived:
         simulated(World(seed, HORIZON_S), *_SIMULATED) as world,
         mock.patch.object(desk_module, "list_checkpoints", return_value=[_CHECKPOINT]),
         mock.patch.object(leader, "_POLL_S", (0.002, 2.0)),  # looking in vain is what costs time here
+        mock.patch.object(meeting, "PrefixStore", lambda _prefix, store: store),
         mock.patch.object(audit_module.os, "fsync"),  # a disk that syncs would take most of the time
     ):
         scene = Scene(world, directory)
@@ -184,8 +188,8 @@ class Scene:
             condition=dice.choice(("step >= 0", "step < 0")) if dice.random() < 0.2 else None,
             expires_s=dice.uniform(0.01, 3.0) if dice.random() < 0.2 else None,
         )
-        if isinstance(command.action, SetTunable | LrScale | LrSet) and dice.random() < 0.3:
-            unless = dice.choice((None, "step >= 0", "step < 0"))
+        if isinstance(command.action, SetTunable | LrScale | LrSet) and dice.random() < 0.4:
+            unless = dice.choice((None, "step >= 0", "step < 0", "step < 0"))
             command = Command(id=command.id, action=command.action, revert_after=dice.randint(1, 8), unless=unless)
         self.ids.append(command.id)
         when = 1.0 + (dice.uniform(0.0, self.acts_s) if dice.random() < 0.7 else number * 0.001)
@@ -261,6 +265,8 @@ class Scene:
             (f"rank {rank} is cut from the store for {for_s:.2f} s", lambda: self._cut(rank, for_s)),
             (f"rank {rank}'s control thread starves for {for_s:.2f} s", lambda: self._starve(rank, 1, for_s)),
             (f"rank {rank}'s training thread starves for {for_s:.2f} s", lambda: self._starve(rank, 0, for_s)),
+            *[(f"rank {rank}'s connections to the store are reset for {for_s:.2f} s", lambda: self._reset(rank, for_s))]
+            * 2,
             ("the hub is killed", self._kill_hub),
             (f"the hub is stopped for {for_s:.2f} s", lambda: self._stop_hub(for_s)),
             (f"the operators are cut off for {for_s:.2f} s", lambda: self._cut_operators(for_s)),
@@ -297,6 +303,9 @@ class Scene:
 
     def _cut(self, rank: int, for_s: float) -> None:
         self.job.store.cut_until[rank] = self.world.now + for_s
+
+    def _reset(self, rank: int, for_s: float) -> None:
+        self.job.store.refused_until[rank] = self.world.now + for_s
 
     def _starve(self, rank: int, task: int, for_s: float) -> None:
         self.job.ranks[rank].tasks[task].starved_until = self.world.now + for_s

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from history import Applied, Fate, Kept, RankRecord
 from simulated_time import WALL, Process, World
+from torch.distributed import DistNetworkError
 
 from trainctl.trainer import evaluation
 from trainctl.trainer.actions import Actions, Staged, refusal
@@ -41,6 +42,7 @@ class SimulatedStore:
         self.slow = slow
         self.values: dict[str, bytes] = {}
         self.cut_until: dict[int, float] = {}
+        self.refused_until: dict[int, float] = {}  # by rank: its connections are reset, and cannot be made anew
         self.dead = False
         self.trap: Trap | None = None
 
@@ -77,10 +79,14 @@ class StoreView:
         store = self._store
 
         def there() -> bool:
-            return store.dead or (store.reaches(self._rank) and all(key in store.values for key in keys))
+            return (
+                store.dead or self._reset() or (store.reaches(self._rank) and all(key in store.values for key in keys))
+            )
 
         if not store.world.wait(there, timeout.total_seconds()) or store.dead:
             raise RuntimeError("wait timeout" if not store.dead else "connection was closed")
+        if self._reset():
+            raise DistNetworkError("connection reset by peer")
         self._spring("wait", keys[0])
 
     def _call(self, kind: str, key: str, effect: Callable[[], Any]) -> Any:
@@ -100,6 +106,11 @@ class StoreView:
             store.world.wait(lambda: store.dead or store.reaches(self._rank), None)
         if store.dead:
             raise RuntimeError("connection was closed")
+        if self._reset():
+            raise DistNetworkError("connection reset by peer")
+
+    def _reset(self) -> bool:
+        return self._store.refused_until.get(self._rank, 0.0) > self._store.world.now
 
     def _spring(self, moment: str, key: str) -> None:
         if self._store.trap is not None:
@@ -109,7 +120,14 @@ class StoreView:
 class SimulatedConnection(Connection):
     def __init__(self, store: SimulatedStore, rank: int) -> None:
         self._store = StoreView(store, rank)  # type: ignore[assignment]
-        self._seal = Seal(b"secret", 1)
+        self._prefix, self._seal = "", Seal(b"secret", 1)
+        self._reopen = lambda: self._anew(store, rank)
+
+    def _anew(self, store: SimulatedStore, rank: int) -> Any:
+        store.world.sleep(0.001)
+        if store.dead or store.refused_until.get(rank, 0.0) > store.world.now:
+            raise OSError("connection refused")
+        return StoreView(store, rank)
 
 
 class SimulatedControl(Control):
@@ -457,6 +475,7 @@ class SimulatedJob:
             boundary=first.core.boundary,
             connection=SimulatedConnection(self.store, 0),
             prepare=self._prepare,
+            ending=lambda: first.core.ending is not None and not first.core.boundary.closed,
             tell=first.core.event,
             incarnation=lambda: first.core.incarnation,
         )

@@ -146,7 +146,7 @@ def _no_half(history: "History") -> Iterator[str]:
     """Who did not die kept what any other kept, at the same place."""
     most = max(history.ranks, key=lambda record: len(record.kept))
     for record in history.ranks:
-        own, others = list(record.kept), list(most.kept)
+        own, others = ([(one.id, one.step, one.incarnation) for one in found.kept] for found in (record, most))
         if own != others[: len(own)] or (len(own) < len(others) and record.fate != "died"):
             yield f"rank {record.rank} {record.fate} and kept {own}, rank {most.rank} {others}"
 

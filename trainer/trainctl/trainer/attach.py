@@ -293,6 +293,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
             connection=connections.leading,
             prepare=lambda command: prepare(core, command),
             later=lambda command: waits_for_a_save(core, command),
+            ending=lambda: core.ending is not None and not core.boundary.closed,
             tell=core.event,
             incarnation=lambda: core.incarnation,
         )

@@ -72,8 +72,9 @@ class Leader(threading.Thread):
 
     A stop or an abort gives up a rollback that is still being prepared: it may read data for as long as it likes.
     `prepare(command)` returns what a proposal needs, or the reason why the command is rejected at once; one for which
-    `later(command)` is true is taken up again after those that came behind it. The outcome of
-    what finishes in the background (a checkpoint) is told by who waits for it, the sender.
+    `later(command)` is true is taken up again after those that came behind it. `ending()`: whether the run ends, unless
+    the checkpoint of its stop fails; an undoing waits for that. The outcome of what finishes in the background (a
+    checkpoint) is told by who waits for it, the sender.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Leader(threading.Thread):
         connection: Connection,
         prepare: Callable[[Command], Prepared | str],
         later: Callable[[Command], bool] = lambda _command: False,
+        ending: Callable[[], bool] = lambda: False,
         tell: Callable[[CommandUpdate], None],
         incarnation: Callable[[], int],
     ) -> None:
@@ -93,6 +95,7 @@ class Leader(threading.Thread):
         self._connection = connection
         self._prepare = prepare
         self._later = later
+        self._ending = ending
         self._tell = tell
         self._incarnation = incarnation
         self._commands: queue.SimpleQueue[_Item | None] = queue.SimpleQueue()
@@ -187,6 +190,8 @@ class Leader(threading.Thread):
         boundary, (message, undo) = self._boundary, item
         if undo is None and (self._later(message.command) or self._gives_way(message.command.id)):
             return True
+        if undo is not None and self._ending():
+            return True
         held_at = boundary.held_at
         if held_at is not None and held_at.mark:
             return undo is not None
@@ -270,6 +275,8 @@ class Leader(threading.Thread):
         command, actor = message.command, message.actor
         prepared = self._held_inside(command) or self._prepare(command)
         if isinstance(prepared, str):
+            if undo is not None and self._ending():
+                return False
             self._say(command, actor, "rejected", reason=prepared)
             return True
         for _ in range(TRIES):
