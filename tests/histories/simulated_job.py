@@ -31,6 +31,7 @@ from trainctl.wire.commands import Command, Evaluate, Rollback, Stop
 from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand, Note, Scalar
 
 LEAVE_S = 3.0
+LEADING = -1
 Trap = Callable[[int, str, str], None]
 
 
@@ -42,20 +43,25 @@ class SimulatedStore:
         self.slow = slow
         self.values: dict[str, bytes] = {}
         self.cut_until: dict[int, float] = {}
-        self.refused_until: dict[int, float] = {}  # by rank: its connections are reset, and cannot be made anew
+        # By rank, or `LEADING` for the one of rank 0's leader: connections are reset, and cannot be made anew.
+        self.refused_until: dict[int, float] = {}
         self.dead = False
         self.trap: Trap | None = None
 
     def reaches(self, rank: int) -> bool:
         return self.cut_until.get(rank, 0.0) <= self.world.now
 
+    def refuses(self, line: int) -> bool:
+        return self.refused_until.get(line, 0.0) > self.world.now
+
 
 class StoreView:
     """One rank's connection: the calls of `torch.distributed.Store` that trainctl makes. A cut blocks, as TCP does."""
 
-    def __init__(self, store: SimulatedStore, rank: int) -> None:
+    def __init__(self, store: SimulatedStore, rank: int, line: int) -> None:
         self._store = store
         self._rank = rank
+        self._line = line
 
     def set(self, key: str, value: bytes) -> None:
         self._call("set", key, lambda: self._store.values.__setitem__(key, bytes(value)))
@@ -110,7 +116,7 @@ class StoreView:
             raise DistNetworkError("connection reset by peer")
 
     def _reset(self) -> bool:
-        return self._store.refused_until.get(self._rank, 0.0) > self._store.world.now
+        return self._store.refuses(self._line)
 
     def _spring(self, moment: str, key: str) -> None:
         if self._store.trap is not None:
@@ -118,16 +124,17 @@ class StoreView:
 
 
 class SimulatedConnection(Connection):
-    def __init__(self, store: SimulatedStore, rank: int) -> None:
-        self._store = StoreView(store, rank)  # type: ignore[assignment]
+    def __init__(self, store: SimulatedStore, rank: int, *, leads: bool = False) -> None:
+        line = LEADING if leads else rank
+        self._store = StoreView(store, rank, line)  # type: ignore[assignment]
         self._prefix, self._seal = "", Seal(b"secret", 1)
-        self._reopen = lambda: self._anew(store, rank)
+        self._reopen = lambda: self._anew(store, rank, line)
 
-    def _anew(self, store: SimulatedStore, rank: int) -> Any:
+    def _anew(self, store: SimulatedStore, rank: int, line: int) -> Any:
         store.world.sleep(0.001)
-        if store.dead or store.refused_until.get(rank, 0.0) > store.world.now:
+        if store.dead or store.refuses(line):
             raise OSError("connection refused")
-        return StoreView(store, rank)
+        return StoreView(store, rank, line)
 
 
 class SimulatedControl(Control):
@@ -473,7 +480,7 @@ class SimulatedJob:
         self.leader = Leader(
             world_size=ranks,
             boundary=first.core.boundary,
-            connection=SimulatedConnection(self.store, 0),
+            connection=SimulatedConnection(self.store, 0, leads=True),
             prepare=self._prepare,
             ending=lambda: first.core.ending is not None and not first.core.boundary.closed,
             tell=first.core.event,
