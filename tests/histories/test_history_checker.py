@@ -4,9 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from history import Applied, History, RankRecord, Told, problems
+from history import Applied, History, Kept, RankRecord, Told, problems
+from trials import trials
 
 from trainctl.store.audit import AuditLog
+from trainctl.wire.commands import Cancel, Command, Rollback, SetTunable
 
 
 def audit(path: Path, *entries: tuple[str, str, float]) -> list[str]:
@@ -152,3 +154,81 @@ def test_a_command_without_an_end_is_found(good: History) -> None:
     open_ended = replace(good, outcomes={"a": "scheduled", "b": "rejected"})
     assert problems(open_ended) == ["ended: a was accepted and has no outcome: scheduled"]
     assert problems(replace(open_ended, complete=False)) == []
+
+
+CHANGED = Applied(id="c", step=5, after=7)
+
+
+def trial(
+    *applied: Applied, kept: tuple[Kept, ...] = (), unless: str | None = None, x: int = 0, notes: tuple[str, ...] = ()
+) -> History:
+    """`c` sets x from 0 to 7 for three steps on two ranks; `d` sets it to 9 for good, `back` goes back to step 2."""
+    trying = Command(id="c", action=SetTunable(name="x", value=7), revert_after=3, unless=unless)
+    newer = Command(id="d", action=SetTunable(name="x", value=9))
+    sent = [trying, newer, Command(id="back", action=Rollback(target="last"))]
+    ranks = [RankRecord(rank=rank, applied=(CHANGED, *applied), kept=kept, values={"x": x}) for rank in (0, 1)]
+    return History(ranks=ranks, commands={one.id: one for one in sent}, initial={"x": 0}, notes=notes)
+
+
+KEPT = Kept(id="c", step=8, behind=1)
+TOLD = "step > 0 holds: the change of command c stays"
+
+
+@pytest.mark.parametrize(
+    "history",
+    [
+        trial(x=7),  # its time is not over
+        trial(Applied(id="c.undo", step=8, after=0)),
+        trial(Applied(id="c.undo", step=9, after=0), unless="step < 0"),
+        trial(kept=(KEPT,), unless="step > 0", x=7, notes=(TOLD,)),
+        trial(Applied(id="d", step=6, after=9), x=9),
+        trial(Applied(id="back", step=6, after=2), Applied(id="c.undo.2", step=5, after=0)),
+    ],
+)
+def test_a_trial_that_ends_as_it_should_holds(history: History) -> None:
+    assert list(trials(history)) == []
+
+
+@pytest.mark.parametrize(
+    ("history", "words"),
+    [
+        (trial(x=0), "has x 0 in the end, and not 7"),
+        (trial(Applied(id="c.undo", step=7, after=0)), "undid c at step 7, and not at 8"),
+        (trial(Applied(id="c.undo", step=8, after=1), x=1), "x is 1, and was 0 before"),
+        (trial(Applied(id="c.undo", step=8, after=0), unless="step > 0"), "undid c at step 8, where step > 0 holds"),
+        (trial(Applied(id="d", step=6, after=9), Applied(id="c.undo", step=8, after=0)), "c was not on trial"),
+        (trial(Applied(id="back", step=6, after=2), Applied(id="c.undo", step=4, after=0)), "at step 4, and not at 5"),
+        (trial(kept=(KEPT,), unless="step < 0", x=7, notes=(TOLD,)), "nobody withdrew its undoing"),
+        (trial(kept=(KEPT,), unless="step > 0", x=7), "c was kept, and nobody was told why"),
+    ],
+)
+def test_a_trial_that_ends_otherwise_is_found(history: History, words: str) -> None:
+    assert any(words in problem for problem in trials(history)), list(trials(history))
+
+
+def test_a_change_that_one_rank_kept_and_another_did_not_is_found() -> None:
+    whole = trial(kept=(KEPT,), unless="step > 0", x=7, notes=(TOLD,))
+    half = replace(whole, ranks=[whole.ranks[0], replace(whole.ranks[1], kept=())])
+    assert any("rank 1 lives and kept []" in problem for problem in trials(half))
+    lost = replace(half, ranks=[half.ranks[0], replace(half.ranks[1], fate="died")])
+    assert list(trials(lost)) == [], "it was killed before"
+
+
+def test_an_operator_who_withdraws_an_undoing_keeps_the_change() -> None:
+    kept = trial(kept=(KEPT,), unless="step < 0", x=7, notes=("c.undo was cancelled: the change of command c stays",))
+    cancel = Command(id="e", action=Cancel(command="c.undo"))
+    assert list(trials(replace(kept, commands={**kept.commands, "e": cancel}))) == []
+
+
+def test_a_reason_that_is_not_true_is_found() -> None:
+    undoing = replace(trial(x=7), outcomes={"c.undo": "rejected"})
+    for reason, words in ((TOLD, "no rank kept c"), ("d took its place", "which no rank applied")):
+        assert any(words in problem for problem in trials(replace(undoing, reasons={"c.undo": reason})))
+
+
+def test_a_trial_that_is_forgotten_on_a_rank_is_found() -> None:
+    found = trial(x=7)
+    ranks = [replace(record, on_trial=frozenset[str]()) for record in found.ranks]
+    assert any(
+        "has [] on trial in the end, and not ['c']" in problem for problem in trials(replace(found, ranks=ranks))
+    )

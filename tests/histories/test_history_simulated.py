@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from simulated_history import Lived, default_directory, live
 
-from trainctl.trainer import control
+from trainctl.trainer import actions, control
 from trainctl.trainer.agreement import Position
 from trainctl.trainer.boundary import Armed
 
@@ -42,15 +42,19 @@ def test_no_command_is_half_applied_lost_or_lied_about(
     record_property("seeds", f"{first} to {first + EACH - 1}")
     print(f"simulated histories, seeds {first} to {first + EACH - 1}")
     states: Counter[str] = Counter()
-    applied = inside = 0
+    applied = inside = undone = kept = 0
     for seed in range(first, first + EACH):
         lived = live(seed, directory)
         assert not lived.problems, told(lived)
         states.update(lived.states)
         applied += lived.applied
         inside += lived.inside
+        undone += lived.undone
+        kept += lived.kept
     assert applied > EACH, "and a good part of the commands came through"
     assert inside > EACH / 50, "some of them between two batches of an evaluation"
+    assert undone > EACH / 20, "changes on trial were undone"
+    assert kept > EACH / 50, "and kept"
     assert states.keys() >= {"applied", "rejected", "expired", "failed", "unknown"}, "every kind of outcome is met"
 
 
@@ -60,6 +64,9 @@ def test_one_seed_is_one_history(directory: Path) -> None:
     assert first.story == again.story
 
 
+CONFIRMS = "an undoing that was called off confirms the change"
+
+
 def _unfaithful(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     if kind == "a rank leaves its boundary when its patience is over":
 
@@ -67,6 +74,8 @@ def _unfaithful(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
             return bool(armed.going())
 
         monkeypatch.setattr(control.Control, "going", going)
+    elif kind == CONFIRMS:
+        monkeypatch.setattr(actions, "keeps", lambda _verdict: True)
     else:
         honest = control.answer
 
@@ -81,7 +90,12 @@ def _unfaithful(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["a rank leaves its boundary when its patience is over", "a rank is never late and waits for what is past"]
+    "kind",
+    [
+        "a rank leaves its boundary when its patience is over",
+        "a rank is never late and waits for what is past",
+        pytest.param(CONFIRMS, marks=pytest.mark.thorough),
+    ],
 )
 def test_a_protocol_with_a_fault_in_it_is_found_out(
     kind: str, directory: Path, monkeypatch: pytest.MonkeyPatch

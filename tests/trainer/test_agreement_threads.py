@@ -95,7 +95,13 @@ class Rank:
 
 
 class Job:
-    def __init__(self, ranks: int, directory: Path, later: Callable[[Command], bool] = lambda _command: False) -> None:
+    def __init__(
+        self,
+        ranks: int,
+        directory: Path,
+        later: Callable[[Command], bool] = lambda _command: False,
+        ending: Callable[[], bool] = lambda: False,
+    ) -> None:
         store, together = HashStore(), threading.Barrier(ranks)
         self.ranks = [Rank(number, ranks, store, together, directory) for number in range(ranks)]
         self.updates: list[CommandUpdate] = []
@@ -104,8 +110,9 @@ class Job:
             world_size=ranks,
             boundary=self.ranks[0].core.boundary,
             connection=self.connection,
-            prepare=lambda command: Prepared(two_phase=in_two_phases(command)),
+            prepare=lambda command: "the run is ending" if ending() else Prepared(two_phase=in_two_phases(command)),
             later=later,
+            ending=ending,
             tell=self.updates.append,
             incarnation=lambda: 1,
         )
@@ -308,6 +315,18 @@ class TestATrialWhoseUndoingIsDisturbed:
         assert [update.state for update in job.updates].count("scheduled") == 3, "it was put off"
         found, said = self.ends(job)
         assert (found, len(said)) == ([value] * 2, notes)
+
+    def test_a_stop_that_fails_puts_it_off_and_does_not_refuse_it(self, tmp_path: Path) -> None:
+        ends = threading.Event()
+        job = Job(2, tmp_path, ending=ends.is_set)
+        revert = self.on_trial(job, "step < 0")
+        ends.set()
+        self.undo(job, revert)
+        assert job.outcome(job.send(SetTunable(name="x", value=8))).reason == "the run is ending"
+        assert not [update for update in job.updates if update.id == "c.undo"], "nobody knows yet"
+        ends.clear()
+        assert job.outcome("c.undo").state == "applied"
+        assert self.ends(job) == ([0, 0], [])
 
     def test_where_the_answer_to_the_verdict_is_lost_it_counts_and_is_told(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
