@@ -25,6 +25,7 @@ from trainctl.wire.commands import (
     AddNote,
     Cancel,
     CheckpointSave,
+    Command,
     Evaluate,
     LrRelease,
     LrScale,
@@ -257,7 +258,16 @@ class RealScene:
         ranks = [RankRecord(rank=rank, applied=self._applied(rank), fate=fate) for rank in range(self.job.ranks)]
         lines = (self.job.directory / "audit.jsonl").read_text().splitlines()
         told = [told for operator in self.operators for told in operator.told]
-        history = History(ranks=ranks, told=told, audit=lines, outcomes=_outcomes(lines), complete=ended)
+        history = History(
+            ranks=ranks,
+            told=told,
+            audit=lines,
+            outcomes=_outcomes(lines),
+            reasons={entry["id"]: str(entry.get("reason")) for entry in map(json.loads, lines)},
+            complete=ended,
+            commands=_commands(lines),
+            initial={"x": 0.0, "lr": 1e-3},
+        )
         return problems(history) + self._values_differ()
 
     def _applied(self, rank: int) -> list[Applied]:
@@ -281,6 +291,12 @@ def _outcomes(lines: list[str]) -> dict[str, str]:
         if found.get(entry["id"]) not in FINAL_COMMAND_STATES - {"unknown"}:
             found[entry["id"]] = entry["state"]
     return found
+
+
+def _commands(lines: list[str]) -> dict[str, Command]:
+    """What was sent, as the audit log has it."""
+    entries = [json.loads(line) for line in lines]
+    return {entry["id"]: msgspec.json.decode(entry["request"], type=Command) for entry in entries if "request" in entry}
 
 
 async def play(
