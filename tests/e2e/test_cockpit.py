@@ -140,6 +140,7 @@ def _stop(cockpit: Tmux) -> None:
     cockpit.wait(r"ended with 0", 40)
 
 
+@pytest.mark.thorough
 def test_training_steps_on_when_the_cockpit_is_killed_and_a_new_one_shows_it_all(tmp_path: Path, ended: None) -> None:
     run = tmp_path / "run"
     with tmux([*TRAINCTL, "demo", "--steps", "4000", "--dir", str(run)], size=(80, 24)) as cockpit:

@@ -16,6 +16,7 @@ from waiting import until
 pytestmark = pytest.mark.ranks
 
 
+@pytest.mark.thorough
 def test_a_stopped_hub_is_told_from_a_dead_one_and_its_run_is_not_passed_over(tmp_path: Path) -> None:
     with job("steered.py", 1, tmp_path, ["--sleep", "0.05"]) as running:
         running.until_step(3)

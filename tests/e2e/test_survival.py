@@ -34,6 +34,7 @@ def steps_on(running: Job, more: int = 10) -> None:
     until(lambda: running.step() >= before + more, 20, what=f"{more} more steps after {before}\n{running.log()}")
 
 
+@pytest.mark.thorough
 def test_hub_and_agent_are_killed_and_come_back_and_nothing_is_missing(tmp_path: Path) -> None:
     with job("regression.py", 2, tmp_path, ["--steps", "100000", "--sleep", "0.05"]) as running:
         running.until_step(10)

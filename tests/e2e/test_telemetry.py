@@ -226,7 +226,12 @@ def not_trainctls(rank: int) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("method", "ranks"), [("fork", 2), ("forkserver", 2), pytest.param("spawn", 1, marks=pytest.mark.thorough)]
+    ("method", "ranks"),
+    [
+        ("fork", 2),
+        pytest.param("forkserver", 2, marks=pytest.mark.thorough),
+        pytest.param("spawn", 1, marks=pytest.mark.thorough),
+    ],
 )
 def test_a_killed_rank_is_noticed_although_its_workers_live_and_they_hold_nothing(
     tmp_path: Path, method: str, ranks: int

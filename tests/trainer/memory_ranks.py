@@ -139,7 +139,7 @@ def left_out_together(group: Any) -> None:
     assert training.save("a") is None
     if rank == 1:  # its two buffers are being written, as far as it knows
         layout = training.checkpointer._tier.find("a").buffers.layout  # type: ignore[union-attr]
-        while training.checkpointer._tier.claim(layout, pinned=False) is not None:
+        while training.checkpointer._tier.claim(layout, pinned=False, make=False) is not None:
             pass
     pending = training.checkpointer.begin_save(id="b", step=2, incarnation=1, attempt=1, metrics={}, may_leave_out=True)
     assert str(pending.result(60).error).startswith("rank 1: left out"), pending.result().error

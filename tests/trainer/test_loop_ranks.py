@@ -168,6 +168,7 @@ def test_the_example_needs_eight_lines_and_nothing_else_of_trainctl() -> None:
     assert not re.search(r"\brun\b\.|\bRun\b|trainctl", rest)
 
 
+@pytest.mark.thorough
 def test_the_example_trains_the_same_without_the_lines_switched_off_and_live(tmp_path: Path) -> None:
     plain = tmp_path / "plain.py"
     plain.write_text("\n".join(line for line in EXAMPLE.read_text().splitlines() if not line.endswith("# trainctl")))

@@ -392,7 +392,7 @@ def test_whatever_happens_the_budget_holds_and_every_state_is_what_was_put_in(
     for number, (move, which) in enumerate(moves):
         layout = LAYOUTS[which]
         if move == "save":
-            slot = tier.claim(layout, pinned=False)
+            slot = tier.claim(layout, pinned=False, make=False)
             if slot is None:
                 assert writing, "only what is being written is in the way"
                 continue

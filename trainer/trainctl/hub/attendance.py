@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 _HELLO_S = 5.0
 _RELINK_S = 2.0
 _DRAIN_S = 0.3
-_LAST_WORDS_S = 10.0
+_LAST_WORDS_S = 3.0
 _TURN_S = 0.02
 _COMES_BACK_S = 10.0
 _RESTARTS_S = 300.0  # a big job takes its time to be scheduled, to meet and to import
@@ -172,9 +172,12 @@ class Attendance:
 
     async def _end_the_one_before(self, attempt: int) -> None:
         """A new attempt waits until all is read that the one before sent, and left, while this hub did not run."""
-        before = self._session_now
-        if before is not None and not before.done():
-            await asyncio.wait({before}, timeout=_LAST_WORDS_S)
+        before, link = self._session_now, self._line.link
+        deadline, read = time.monotonic() + _LAST_WORDS_S, -1
+        # One that says nothing more has said its last, although its process may live: stopped, or hung.
+        while before and link and not before.done() and read != link.received and time.monotonic() < deadline:
+            read = link.received
+            await asyncio.wait({before}, timeout=_DRAIN_S)
         await self.left.bring(attempt - 1)
 
     def _welcome(self, link: RankLink, hello: LinkHello) -> None:

@@ -229,7 +229,7 @@ class Checkpointer:
             with self._pace.hurried():
                 self._warmed.wait()  # never a second set beside one that is being made
         layout, pinned = layout_of(tensors), on_device(tensors)
-        while (slot := self._tier.claim(layout, pinned=pinned)) is None and wait:
+        while (slot := self._tier.claim(layout, pinned=pinned, make=wait)) is None and wait:
             unfinished = self._unfinished()
             if not unfinished:
                 raise CheckpointError("there is no memory to copy the state to: training goes on")

@@ -66,16 +66,19 @@ class MemoryTier:
         with self._lock:
             return next((slot for slot in self._slots if slot.state and slot.state.id == checkpoint_id), None)
 
-    def claim(self, layout: Layout, *, pinned: bool) -> Slot | None:
+    def claim(self, layout: Layout, *, pinned: bool, make: bool) -> Slot | None:
         """A slot for a new state: an empty one, else that of the oldest state. None while all are being written.
 
-        Only where no slot has room for this layout is one made, which is slow. Raises what `Buffers` raises.
+        One is made, which is slow, where no slot has room for this layout; with `make` also where all that have are
+        being written and number and budget allow another: a write may hang, and this cannot. Raises what `Buffers`
+        raises.
         """
         with self._lock:
             self._newest = layout
             fitting = self._fitting(layout)
-            if fitting:
-                return self._take(fitting, layout)
+            slot = self._take(fitting, layout)
+            if slot is not None or (fitting and not make):
+                return slot
             size = bytes_for(layout, pinned=pinned)
             rest = self._room_for(size, layout)
             if rest is None:
