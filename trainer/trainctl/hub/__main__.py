@@ -9,6 +9,7 @@ import sys
 from logging.handlers import QueueListener
 from pathlib import Path
 
+from trainctl.hub.allocator import give_back_at_once
 from trainctl.hub.link import LinkListener, LinkTaken
 from trainctl.hub.log_thread import log_aside
 from trainctl.hub.service import Hub, Options
@@ -54,6 +55,7 @@ async def _serve(options: Options, told: QueueListener) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Run a hub until its run is over; 0 then, 1 when it cannot serve."""
     options = _options(arguments)
+    give_back_at_once()
     told = log_aside()
     os.nice(max(0, _NICE - os.nice(0)))
     try:
