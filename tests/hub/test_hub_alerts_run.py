@@ -4,6 +4,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,9 +26,9 @@ def test_kill_9_of_rank_0_of_a_real_run_wakes_somebody(tmp_path: Path) -> None:
         pid = trainctl_json("status", "-r", str(running.directory))["ranks"][0]["pid"]
         os.kill(running.process.pid, signal.SIGSTOP)  # torchrun would restart or report; a node's OOM killer takes both
         os.kill(pid, signal.SIGKILL)
-        until(lambda: (config / "heard").exists() and (config / "heard").read_text().endswith("\n"), 20)
+        until(lambda: pages(config / "heard"), 20)
         os.kill(running.process.pid, signal.SIGCONT)
-    alerts = [json.loads(line) for line in (config / "heard").read_text().splitlines()]
+    alerts = pages(config / "heard")
     assert [alert["summary"].partition(" at step")[0] for alert in alerts] == [
         f"regression on {os.uname().nodename}: lost"
     ]
@@ -35,4 +36,11 @@ def test_kill_9_of_rank_0_of_a_real_run_wakes_somebody(tmp_path: Path) -> None:
     assert (alert["kind"], alert["state"], alert["run"]) == ("state", "lost", "regression")
     assert alert["step"] >= 5
     assert alert["dir"] == str(tmp_path / "run")
-    assert (config / "environment").read_text() == "regression error\n"
+    assert (config / "environment").read_text().endswith(" error\n")
+
+
+def pages(heard: Path) -> list[dict[str, Any]]:
+    """What somebody was woken for, whole lines only; but not that the disk of this very machine is nearly full."""
+    lines = heard.read_text().splitlines(keepends=True) if heard.exists() else []
+    found = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [page for page in found if not str(page.get("what")).startswith("disk-")]
