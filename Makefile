@@ -6,7 +6,7 @@ DEMO := $(VENV)/.demo
 ALL := .[train,dev]
 BIN := $(VENV)/bin
 
-.PHONY: demo test thorough exhaustive soak check format picture clean
+.PHONY: demo test histories thorough exhaustive soak check format picture clean
 
 demo: $(DEMO)
 	@$(BIN)/trainctl demo
@@ -14,8 +14,14 @@ demo: $(DEMO)
 test: $(STAMP)
 	@$(BIN)/python -m pytest
 
-# What takes minutes and finds what is rare: thousands of histories, many ranks, every fault; CI runs it after the tests.
-# It waits more than it computes, hence three at a time.
+# Two thousand simulated histories and some dozens of real ones, up to eight ranks, every fault of a save: CI runs these
+# after the tests. They wait more than they compute, hence three at a time.
+RARE := tests/histories tests/e2e/test_every_rank.py
+RARE += tests/trainer/test_checkpoint_faults.py tests/trainer/test_checkpoint_power_cut.py
+histories: $(STAMP)
+	@$(BIN)/python -m pytest -m thorough --numprocesses 3 --dist load -rfEp $(RARE)
+
+# Those, and all else that takes minutes and finds what is rare; a quarter of an hour.
 thorough: $(STAMP)
 	@$(BIN)/python -m pytest -m thorough --numprocesses 3 --dist load -rfEp
 
