@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from manifests import write_empty_checkpoint
 from trainctl.trainer.checkpoint.retention import Retention, prune
 from trainctl.trainer.fallback import choice, newer_than
 from trainctl.wire.lineage import Branch, record_branch
-from trainctl.wire.manifest import MANIFEST, Manifest, list_checkpoints, remember_check, write_manifest
+from trainctl.wire.manifest import MANIFEST, list_checkpoints, remember_check
 from trainctl.wire.rundir import RunDir
 
 
@@ -21,19 +22,7 @@ def checkpoints(tmp_path: Path) -> Path:
     record_branch(run_dir, Branch(incarnation=2, parent=1, after_step=100))
     times = ((80, 1, 900.0), (90, 1, 990.0), (100, 1, 1000.0), (110, 2, 940.0), (120, 2, 950.0), (130, 2, 960.0))
     for number, (step, attempt, time) in enumerate(times):
-        directory = run_dir.checkpoints / f"step-{step:08d}-{attempt}.{number}"
-        directory.mkdir(mode=0o700)
-        manifest = Manifest(
-            id=directory.name,
-            run="r",
-            step=step,
-            incarnation=attempt,
-            attempt=attempt,
-            world_size=1,
-            time=time,
-            files=[],
-        )
-        write_manifest(directory, manifest)
+        directory = write_empty_checkpoint(run_dir.checkpoints, step, attempt, time, attempt=attempt, number=number)
         os.utime(directory, (time, time))
     return run_dir.checkpoints
 

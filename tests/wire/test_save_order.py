@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from manifests import write_empty_checkpoint
 from trainctl.wire.held_states import list_with_memory
 from trainctl.wire.lineage import Branch, record_branch
-from trainctl.wire.manifest import Manifest, list_checkpoints, pick, write_manifest
+from trainctl.wire.manifest import list_checkpoints, pick
 from trainctl.wire.messages import CheckpointInfo
 from trainctl.wire.rundir import RunDir
 from trainctl.wire.save_order import next_older, precedes
@@ -20,19 +21,7 @@ def run_dir(tmp_path: Path) -> RunDir:
 
 
 def saved(run_dir: RunDir, step: int, incarnation: int, time: float, *, attempt: int = 1, number: int = 1) -> None:
-    directory = run_dir.checkpoints / f"step-{step:08d}-{attempt}.{number}"
-    directory.mkdir(mode=0o700)
-    manifest = Manifest(
-        id=directory.name,
-        run="r",
-        step=step,
-        incarnation=incarnation,
-        attempt=attempt,
-        world_size=1,
-        time=time,
-        files=[],
-    )
-    write_manifest(directory, manifest)
+    write_empty_checkpoint(run_dir.checkpoints, step, incarnation, time, attempt=attempt, number=number)
 
 
 def steps(known: list[CheckpointInfo]) -> list[int]:

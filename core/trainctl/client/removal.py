@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 
 from trainctl.client.errors import ClientError, Rejected
-from trainctl.store.audit import AuditLog, Json
+from trainctl.store.audit import AuditLog
+from trainctl.store.audit_entries import outcome_entry
 from trainctl.wire.commands import CheckpointRemove, Command, CommandState, args_of, spec_of
 from trainctl.wire.messages import CommandUpdate, RunState
 from trainctl.wire.removal import NotRemoved, remove_unless_kept
@@ -57,17 +58,7 @@ def _remove(run_dir: RunDir, checkpoint_id: str) -> tuple[CommandState, str | No
 
 def _write_down(audit_file: Path, update: CommandUpdate) -> None:
     """Raises `ClientError`, so that nothing is deleted that nobody can look up later."""
-    entry: dict[str, Json] = {
-        "time": update.time,
-        "id": update.id,
-        "command": update.command,
-        "actor": update.actor,
-        "state": update.state,
-        "step": update.step,
-        "incarnation": update.incarnation,
-        "reason": update.reason,
-        "checkpoint": str(update.args.get("checkpoint")),
-    }
+    entry = {**outcome_entry(update), "checkpoint": str(update.args.get("checkpoint"))}
     try:
         AuditLog(audit_file).append(entry)
     except OSError as error:

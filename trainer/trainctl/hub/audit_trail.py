@@ -7,50 +7,20 @@ follow from that time, and how many are lost because too many waited.
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping
-from typing import Final, TypeAlias
+from collections.abc import Iterable
+from typing import Final
 
 import msgspec
 
 from trainctl.store.audit import AuditLog, Json
-from trainctl.wire.commands import FINAL_COMMAND_STATES, Command, spec_of
+from trainctl.store.audit_entries import Entry, outcome_entry
+from trainctl.wire.commands import FINAL_COMMAND_STATES
 from trainctl.wire.messages import CommandUpdate
 
 log = logging.getLogger(__name__)
 
-Entry: TypeAlias = Mapping[str, Json]
-
 KEPT: Final = 1000  # about a megabyte
 _REFUSALS: Final = {"rejected", "conflict"}
-
-
-def accepted_entry(command: Command, actor: str, accepted: float) -> Entry:
-    """What is written down before a command is accepted: all that a later hub needs to take it up."""
-    return {
-        "time": accepted,
-        "id": command.id,
-        "command": spec_of(command.action).name,
-        "actor": actor,
-        "state": "accepted",
-        "request": msgspec.json.encode(command).decode(),
-    }
-
-
-def outcome_entry(update: CommandUpdate) -> Entry:
-    """What is written down of a command's outcome."""
-    return {
-        "time": update.time,
-        "id": update.id,
-        "command": update.command,
-        "actor": update.actor,
-        "state": update.state,
-        "step": update.step,
-        "incarnation": update.incarnation,
-        "before": update.before,
-        "after": update.after,
-        "ranks": update.ranks,
-        "reason": update.reason,
-    }
 
 
 class AuditTrail:

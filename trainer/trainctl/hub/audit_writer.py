@@ -5,11 +5,12 @@ import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable
 
-from trainctl.hub.audit_trail import AuditTrail, accepted_entry, outcome_entry, unwritten
+from trainctl.hub.audit_trail import AuditTrail, unwritten
 from trainctl.hub.recorder import Recorder
 from trainctl.hub.rules import allowed_without_audit
 from trainctl.hub.trouble import RETRY_S
 from trainctl.store.audit import AuditLog, NotTheWriter
+from trainctl.store.audit_entries import accepted_entry, outcome_entry
 from trainctl.wire.commands import Command
 from trainctl.wire.messages import Anomaly, CommandUpdate, Severity
 from trainctl.wire.rundir import RunDir
