@@ -114,6 +114,17 @@ def test_a_rank_that_hangs_in_a_first_step_which_the_other_has_behind_it_is_name
         assert re.search(words, event["text"])
 
 
+def test_a_rank_that_hangs_between_two_batches_of_a_first_evaluation_is_named(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "alone-in-batch").touch()
+    with job("collectives.py", 2, output, ["--eval-every", "10", "--batches", "20"]) as running:
+        until((output / "evaluating").exists, 60)
+        event = told(running, 1, "stuck")
+        assert re.search(r"no batch for \d+ s after batch 4 of the evaluation at step 10, usually 0\.", event["text"])
+        assert int(re.findall(r"for (\d+) s", event["text"])[0]) <= 10
+
+
 def test_a_store_that_is_gone_is_told_and_training_goes_on(tmp_path: Path) -> None:
     with job("collectives.py", 2, tmp_path / "out") as running:
         running.until_step(12)

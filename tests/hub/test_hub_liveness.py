@@ -28,8 +28,8 @@ def figures(
 class Told:
     """A job on a clock that starts at 0: every second the ranks report, rank 0 relays, the hub looks."""
 
-    def __init__(self, total_steps: int | None = None) -> None:
-        self.liveness = Liveness(PLACES, 0.0, total_steps=total_steps)
+    def __init__(self, total_steps: int | None = None, places: list[RankPlace] = PLACES) -> None:
+        self.liveness = Liveness(places, 0.0, total_steps=total_steps)
         self.now = 0.0
         self.step = 0
         self.found: list[tuple[float, Finding]] = []
@@ -77,6 +77,91 @@ def test_a_scripts_own_evaluation_takes_as_long_as_it_takes_and_who_waits_for_it
         at = told.now + 1.0
         told.second(*(figures(rank, at, told.step, "communication", stuck) for rank in range(2)))
     assert told.news == [(0, "stuck"), (1, "stuck")], "and what hangs after it is named"
+
+
+class TestBatchesOfAnEvaluation:
+    def batch(self, told: Told, *done: int | None, state: str = "evaluating") -> None:
+        """A second after which each rank has so many batches behind it; None where it is outside of its batches."""
+        reports = (figures(rank, told.now + 1.0, 20, state=state) for rank in range(2))
+        told.second(*(msgspec.structs.replace(report, eval_batch=n) for report, n in zip(reports, done, strict=True)))
+
+    def evaluating(self, batches: int) -> Told:
+        told = Told()
+        told.well(20)
+        for done in range(batches + 1):
+            self.batch(told, done, done)
+        return told
+
+    def test_where_no_more_come_every_rank_that_waits_for_one_is_named_although_all_of_them_evaluate(self) -> None:
+        told = self.evaluating(5)
+        since = told.now
+        while not told.news:
+            self.batch(told, 5, 5)
+        assert told.news == [(0, "stuck"), (1, "stuck")]
+        assert AT_LEAST_S < told.now - since <= 10.0
+        assert told.found[0][1].text == "no batch for 8 s after batch 5 of the evaluation at step 20, usually 1 s"
+        self.batch(told, 6, 6)
+        assert told.news[2:] == [(0, "evaluating"), (1, "evaluating")]
+
+    def test_the_one_that_lags_is_named_and_the_other_at_the_end_of_its_batches_is_not(self) -> None:
+        told = self.evaluating(5)
+        for _ in range(30):
+            self.batch(told, None, 5)
+        assert told.news == [(1, "stuck")]
+
+    @pytest.mark.parametrize("batches", [0, 1, 3])
+    def test_what_comes_before_it_is_known_how_long_a_batch_takes_is_not_judged(self, batches: int) -> None:
+        told = self.evaluating(batches)
+        for _ in range(60):
+            self.batch(told, batches, batches)
+        assert told.news == []
+
+    def test_the_first_batch_of_each_and_what_follows_the_last_take_as_long_as_they_take(self) -> None:
+        told = self.evaluating(6)
+        for done in (None, 0):
+            for _ in range(60):
+                self.batch(told, done, done)
+        self.batch(told, 1, 1)
+        assert told.news == []
+
+    def test_long_batches_have_five_times_as_long(self) -> None:
+        told = self.evaluating(1)
+        for done in range(1, 6):
+            for _ in range(10):
+                self.batch(told, done, done)
+        for _ in range(38):
+            self.batch(told, 5, 5)
+        assert told.news == []
+        for _ in range(15):
+            self.batch(told, 5, 5)
+        assert told.news == [(0, "stuck"), (1, "stuck")]
+
+    def test_a_pause_between_two_of_them_counts_for_nothing(self) -> None:
+        told = self.evaluating(6)
+        for _ in range(60):
+            self.batch(told, 6, 6, state="paused")
+        for _ in range(6):
+            self.batch(told, 6, 6)
+        assert told.news == []
+
+
+@pytest.mark.parametrize("state", ["evaluating", "checkpointing"])
+def test_a_lone_rank_that_evaluates_or_saves_in_no_phase_is_judged_once_three_of_these_are_known(state: str) -> None:
+    told = Told(places=PLACES[:1])
+    for _ in range(3):
+        told.well(20)
+        step = told.step
+        for _ in range(20):
+            told.second(figures(0, told.now + 1.0, step, state=state))
+    assert told.news == []
+    told.well(20)
+    step = told.step
+    for _ in range(100):
+        told.second(figures(0, told.now + 1.0, step, state=state))
+    assert told.news == []
+    for _ in range(5):
+        told.second(figures(0, told.now + 1.0, step, state=state))
+    assert [finding.text for _, finding in told.found] == [f"{state} for 101 s after step {step}, usually 20 s"]
 
 
 @pytest.mark.parametrize("state", ["evaluating", "checkpointing", "paused"])

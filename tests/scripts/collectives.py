@@ -1,9 +1,11 @@
 """Ranks that meet in a collective each step. Told to, one of them goes into a collective that the others leave out.
 
-usage: collectives.py OUTPUT [--steps N] [--sleep S] [--checkpoint-every N] [--eval-every N] [--exit-75]
+usage: collectives.py OUTPUT [--steps N] [--sleep S] [--checkpoint-every N] [--eval-every N] [--batches N]
+           [--exit-75]
 
 OUTPUT/alone: once it is there, rank 1 waits for the others in vain.
 OUTPUT/left-behind: the same, behind the optimizer's step, so that the others complete theirs.
+OUTPUT/alone-in-batch: the same in the fifth of the `--batches` of an evaluation, which has a collective in each.
 OUTPUT/long: while it is there, an evaluation does not end; OUTPUT/evaluating says that one began.
 """
 
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument("--sleep", type=float, default=0.05)
     parser.add_argument("--checkpoint-every", type=int, default=5)
     parser.add_argument("--eval-every", type=int, default=0)
+    parser.add_argument("--batches", type=int, default=0, help="of an evaluation")
     parser.add_argument("--exit-75", action="store_true", help="ask to be requeued, where no `trainctl run` does")
     given = parser.parse_args()
     # Long, so that whatever is noticed is noticed before it.
@@ -43,6 +46,11 @@ def main() -> None:
         (given.output / "evaluating").touch()
         while (given.output / "long").exists():
             time.sleep(0.02)
+        for batch in run.eval_batches(range(given.batches)):
+            if rank == 1 and batch == 4 and (given.output / "alone-in-batch").exists():
+                dist.all_reduce(torch.zeros(1), group=apart)
+            dist.all_reduce(torch.zeros(1))
+            time.sleep(0.3)
         return {"val_loss": 1.0}
 
     run = Run.attach(

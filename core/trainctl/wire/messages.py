@@ -91,6 +91,7 @@ class RankFigures(Message, frozen=True, kw_only=True):
     phase: str | None = None  # the one that it is in at `time`
     phase_since: float | None = None  # when that began, on the same clock as `time`
     checkpoint_memory_bytes: int | None = None  # host memory for staging and keeping states
+    eval_batch: int | None = None  # how many batches of the evaluation at hand are done; None outside of its batches
 
 
 class Ranks(Message, frozen=True, kw_only=True, tag="ranks"):

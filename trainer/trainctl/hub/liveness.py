@@ -4,7 +4,7 @@
 figures come, or which stays in one phase for longer than the larger of `AT_LEAST_S` and five times that phase's median
 (`UNKNOWN_S` while no median is known); where it is in no phase, the same holds for the time since its last step.
 An evaluation or a save takes as long as it takes until three of them are known, and while one rank is at it the others
-may wait for it.
+may wait for it. Between two batches of an evaluation the same limit holds as between steps, once three are known.
 In its first step, where nothing is known yet and a compilation takes minutes, the limit is `FIRST_STEP_S`; once another
 rank has that step behind it, it is no compilation that keeps a rank there, and the limit is `AT_LEAST_S` from then on.
 
@@ -24,7 +24,7 @@ from trainctl.wire.messages import ProcessReading, RankFigures, RankPlace, Sever
 AT_LEAST_S: Final = 7.5
 UNKNOWN_S: Final = 10.0
 MEDIANS: Final = 5.0
-_KNOWN_BUSY = 3  # the first evaluation is often a short trial of it
+_KNOWN_BUSY = 3  # the first evaluation is often a short trial of it, and its first batch compiles
 RELAY_S: Final = 3.0
 STORE_S: Final = 5.0
 FIRST_STEP_S: Final = 120.0
@@ -60,8 +60,11 @@ class _Rank:
     judged: str | None = None  # "stuck", "dead" or "left"
     seen_alive: bool = False
     steps_s: deque[float] = field(default_factory=lambda: deque(maxlen=_OBSERVED))
-    phases_s: dict[str, deque[float]] = field(default_factory=dict)  # stays that reports met
+    phases_s: dict[str, deque[float]] = field(default_factory=dict)  # stays that reports met, in no phase: in a state
     shares_s: dict[str, float] = field(default_factory=dict)  # of a step, by phase
+    state_at: float = 0.0  # when it was first heard to be in its state
+    batch_at: float = 0.0  # when its evaluation was first heard of, or a batch of it was heard to be done
+    batches_s: deque[float] = field(default_factory=lambda: deque(maxlen=_OBSERVED))  # of evaluations
 
     @property
     def where(self) -> str:
@@ -75,14 +78,27 @@ class _Rank:
     @property
     def is_busy(self) -> bool:
         """Whether others may be waiting for its evaluation or its save."""
-        return self.judged is None and self.figures is not None and self.figures.state in _BUSY
+        at_work = self.judged is None and self.figures is not None and self.figures.state in _BUSY
+        return at_work and not self._in_known_batches
+
+    @property
+    def _in_known_batches(self) -> bool:
+        """Whether the next batch of its evaluation is due within a time that is known."""
+        if self.figures is None or not self.figures.eval_batch or self.figures.state != "evaluating":
+            return False
+        return len(self.batches_s) >= _KNOWN_BUSY
 
     def take(self, figures: RankFigures, now: float) -> None:
         before, self.figures, self.heard_at = self.figures, figures, now
         if before is None:
-            self.stepped_at = now
+            self.stepped_at = self.state_at = now
             return
+        if figures.state != before.state:
+            if before.state in _BUSY and before.phase is None:
+                self.phases_s.setdefault(before.state, deque(maxlen=_OBSERVED)).append(now - self.state_at)
+            self.state_at = now
         self.shares_s |= figures.phases_s
+        self._take_batch(before, figures, now)
         if figures.step != before.step:
             if figures.step > before.step and before.state not in _NO_STEP_DUE:
                 self.steps_s.append((now - self.stepped_at) / (figures.step - before.step))
@@ -94,9 +110,19 @@ class _Rank:
             if before.state in _BUSY or self.excused_at < now - stay_s:  # waiting for somebody says nothing of a phase
                 self.phases_s.setdefault(before.phase, deque(maxlen=_OBSERVED)).append(stay_s)
 
+    def _take_batch(self, before: RankFigures, figures: RankFigures, now: float) -> None:
+        if figures.eval_batch == before.eval_batch and before.state == figures.state:
+            return
+        done = (figures.eval_batch or 0) - (before.eval_batch or 0)
+        if done > 0 and before.eval_batch and before.state == "evaluating":  # the first one of an evaluation is no measure
+            self.batches_s.extend([(now - self.batch_at) / done] * min(done, _OBSERVED))
+        self.batch_at = now
+
     def shift(self, by_s: float) -> None:
         self.heard_at += by_s
         self.stepped_at += by_s
+        self.state_at += by_s
+        self.batch_at += by_s
         if self.behind_at is not None:
             self.behind_at += by_s
 
@@ -118,13 +144,16 @@ class _Rank:
             return self._why_not_started(figures, now, silent_s)
         if figures is None or figures.state in _NOT_JUDGED:
             return None
+        if self._in_known_batches:
+            return self._why_no_batch(figures, now)
         if figures.phase is not None and figures.phase_since is not None:
             known = self.phases_s.get(figures.phase)
             for_s = figures.time - figures.phase_since + silent_s
             where = f"in {figures.phase}"
+        elif figures.state in _BUSY:
+            known, for_s, where = self.phases_s.get(figures.state), now - self.state_at, figures.state
         else:
-            known, for_s = self.steps_s, now - self.stepped_at
-            where = "no step"
+            known, for_s, where = self.steps_s, now - self.stepped_at, "no step"
         # A short phase is hardly ever met by a report; then what it takes of a step on average says that it is short.
         median_s = statistics.median(known) if known else self.shares_s.get(figures.phase or "")
         if figures.state in _BUSY and len(known or ()) < _KNOWN_BUSY:
@@ -135,6 +164,14 @@ class _Rank:
         what = f"{where} for {for_s:.0f} s"
         usual = f", usually {median_s:.3g} s" if median_s is not None else ""
         return f"{what} after step {figures.step}{usual}"
+
+    def _why_no_batch(self, figures: RankFigures, now: float) -> str | None:
+        """Nobody excuses it: who is outside of the batches is not waited for in one."""
+        median_s, for_s = statistics.median(self.batches_s), now - self.batch_at
+        if for_s <= max(AT_LEAST_S, MEDIANS * median_s):
+            return None
+        where = f"after batch {figures.eval_batch} of the evaluation at step {figures.step}"
+        return f"no batch for {for_s:.0f} s {where}, usually {median_s:.3g} s"
 
     def _why_not_started(self, figures: RankFigures, now: float, silent_s: float) -> str | None:
         """Its first step may have to compile, load and connect; what hangs in it is named all the same."""

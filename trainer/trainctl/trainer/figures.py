@@ -95,13 +95,13 @@ class Pace:
 def figures_of(core: Core, phases_s: dict[str, float], steps: int, steps_s: float) -> RankFigures:
     """This rank's figures over the last second, in which it completed `steps` that took `steps_s` together."""
     busy, data, now = sum(phases_s.values()), core.ranges.newest(), time.time()
-    phase = core.phases.current()
+    phase, position = core.phases.current(), core.boundary.position
     return RankFigures(
         rank=core.place.rank,
         node=core.place.node,
         pid=os.getpid(),
         state=core.state(),
-        step=core.boundary.completed,
+        step=position.step,
         time=now,
         step_time_s=steps_s / steps if steps else None,
         data_wait_s=phases_s.get("data", 0.0) / steps if steps else None,
@@ -114,6 +114,7 @@ def figures_of(core: Core, phases_s: dict[str, float], steps: int, steps_s: floa
         phase=phase[0] if phase is not None else None,
         phase_since=now - phase[1] if phase is not None else None,
         checkpoint_memory_bytes=core.checkpointer.memory_bytes if core.checkpointer is not None else None,
+        eval_batch=position.batch if position.evaluating else None,
     )
 
 
