@@ -1,8 +1,10 @@
 """The cockpit in small and large terminals, driven by keys: what it shows, what it opens, what it sends."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 
+import msgspec
 import numpy as np
 import pytest
 from scripted_session import (
@@ -37,7 +39,7 @@ from trainctl.wire.commands import (
     SetTunable,
     Stop,
 )
-from trainctl.wire.messages import LrState
+from trainctl.wire.messages import LrState, Ranks
 
 SIZES = [(40, 12), (60, 15), (80, 24), (100, 30), (120, 36), (180, 50), (200, 60)]
 LOOK = look_for(color_system="truecolor", no_color=False, glyphs="braille")
@@ -158,13 +160,41 @@ def test_paused_stale_and_lost_say_what_happened_and_what_to_do(size: tuple[int,
         cockpit.session.say(run_state(state="paused", by="mk"))
         text = await cockpit.until("PAUSED")
         assert "by mk" in text
-        assert "held: 4 GPUs" in text
+        assert "held: 4 GPUs, 0.9 GPU-h, 72 of 80 GB each" in text, "paused for 840 s"
         assert "P resumes" in text
+        cockpit.session.say(run_state(state="paused", by="mk", since=time.time() - 3600))
+        await cockpit.until("held: 4 GPUs, 4.0 GPU-h")
         cockpit.session.say(run_state(state="lost", reason="rank 3 on node-b died: SIGKILL"))
         text = await cockpit.until("✕ LOST")
         assert "rank 3 on node-b died: SIGKILL · last good checkpoint 5,000" in text
 
     drive(scenario, size)
+
+
+def test_a_change_on_trial_is_counted_down_also_while_the_run_is_held() -> None:
+    async def scenario(cockpit: Cockpit) -> None:
+        cockpit.session.say(run_state(revert_in={"c1": 42}))
+        await cockpit.until("a change on trial: undone in 42 steps")
+        cockpit.session.say(run_state(step=5041, revert_in={"c1": 1, "c2": 7}))
+        await cockpit.until("2 changes on trial: the next undone in 1 step")
+        cockpit.session.say(run_state(step=5041, state="paused", revert_in={"c2": 7}))
+        await cockpit.until("undone in 7 steps")
+        cockpit.session.say(run_state(step=5050))
+        await cockpit.until("RUNNING")
+        assert "on trial" not in cockpit.text()
+
+    drive(scenario)
+
+
+def test_an_evaluation_says_how_far_it_is() -> None:
+    async def scenario(cockpit: Cockpit) -> None:
+        ranks = [msgspec.structs.replace(found, eval_batch=120 + found.rank) for found in rank_figures(4)]
+        cockpit.session.say(run_state(state="evaluating"))
+        cockpit.session.say(Ranks(incarnation=2, ranks=ranks))
+        await cockpit.until("EVALUATING")
+        await cockpit.until("120 batches done")
+
+    drive(scenario)
 
 
 def test_silence_is_stale_and_training_may_well_go_on() -> None:

@@ -114,7 +114,8 @@ class _Rank:
         if figures.eval_batch == before.eval_batch and before.state == figures.state:
             return
         done = (figures.eval_batch or 0) - (before.eval_batch or 0)
-        if done > 0 and before.eval_batch and before.state == "evaluating":  # the first one of an evaluation is no measure
+        # The first one of an evaluation is no measure: workers start, and what is new compiles.
+        if done > 0 and before.eval_batch and before.state == "evaluating":
             self.batches_s.extend([(now - self.batch_at) / done] * min(done, _OBSERVED))
         self.batch_at = now
 

@@ -95,7 +95,14 @@ def headline(model: RunModel, symbols: Symbols, now: float | None = None) -> Hea
         case "running":
             return Headline(glyph=symbols.running, word="RUNNING", tone=Tone.RUNNING, age=since, story=on_trial(state))
         case other:
-            return Headline(glyph=symbols.busy, word=other.upper(), tone=Tone.RUNNING, age=since)
+            story = _batches_done(model) if other == "evaluating" else ""
+            return Headline(glyph=symbols.busy, word=other.upper(), tone=Tone.RUNNING, age=since, story=story)
+
+
+def _batches_done(model: RunModel) -> str:
+    """How far the evaluation is on the rank that is furthest behind, where its script says so."""
+    done = [figures_of.eval_batch for figures_of in model.ranks.values() if figures_of.eval_batch is not None]
+    return f"{min(done):,} batch{'es' * (min(done) != 1)} done" if done else ""
 
 
 def _reason_without(reason: str | None, actor: str | None) -> str:
