@@ -15,7 +15,7 @@ from trainctl.trainer.figures import lr_state
 from trainctl.trainer.override_hooks import UNOBSERVED_BOUNDARIES, Watch
 from trainctl.trainer.override_rules import FIELDS, RELEASE
 from trainctl.trainer.overrides import Overrides
-from trainctl.wire.commands import LrRelease, LrScale, LrSet, SetTunable
+from trainctl.wire.commands import LARGEST, LrRelease, LrScale, LrSet, SetTunable
 from trainctl.wire.messages import LrState
 
 STEPS, AT = 40, 13
@@ -265,7 +265,8 @@ def test_momentum_of_sgd_is_a_field_and_adamw_says_that_it_has_none() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("weight_decay", -0.1), ("beta1", 1.0), ("momentum", float("nan")), ("beta2", True), ("warp", 1.0)],
+    [("weight_decay", -0.1), ("weight_decay", 1e300), ("beta1", 1.0), ("momentum", float("nan")), ("beta2", True)]
+    + [("warp", 1.0)],
 )
 def test_a_value_that_cannot_be_meant_is_refused_in_words(name: str, value: float) -> None:
     overrides = Overrides([make()[1]])
@@ -275,7 +276,7 @@ def test_a_value_that_cannot_be_meant_is_refused_in_words(name: str, value: floa
     assert not overrides.active
 
 
-@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("factor", [0.0, -1.0, float("nan"), float("inf"), 1e300])
 def test_a_rate_is_a_finite_number_and_not_negative(factor: float) -> None:
     overrides = Overrides([make()[1]])
     with pytest.raises(ValueError, match="factor is"):
@@ -283,6 +284,22 @@ def test_a_rate_is_a_finite_number_and_not_negative(factor: float) -> None:
     if factor != 0.0:
         with pytest.raises(ValueError, match="learning rate is"):
             overrides.set_lr(factor)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_the_largest_that_can_be_set_raises_in_no_optimizer(kind: type[torch.optim.Optimizer]) -> None:
+    """One that raises would end the training, and each restart of it, for what was set is set again."""
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = kind([parameter], lr=1e-3, weight_decay=0.1)
+    overrides = Overrides([optimizer])
+    overrides.set_lr(LARGEST)
+    overrides.set_field("weight_decay", LARGEST)
+    for _ in range(2):
+        parameter.grad = torch.ones(2)
+        optimizer.step()
+    overrides.scale_lr(LARGEST)
+    parameter.grad = torch.ones(2)
+    optimizer.step()
 
 
 def test_rules_survive_saving_and_loading() -> None:

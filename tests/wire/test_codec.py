@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trainctl.wire import codec
-from trainctl.wire.commands import REGISTRY, Command, LrScale, Pause, SetTunable, args_of, check
+from trainctl.wire.commands import REGISTRY, Command, LrScale, LrSet, Pause, Rollback, SetTunable, args_of, check
 from trainctl.wire.messages import CommandRequest, Envelope, Note, Rows
 
 
@@ -47,6 +47,13 @@ def test_nan_passes_decoding_and_is_caught_by_the_check() -> None:
     decoded = codec.request_decoder()(request(SetTunable(name="clip", value=float("nan"))))
     assert check(decoded.command.action) == "value is nan: give a finite number"  # type: ignore[attr-defined]
     assert check(LrScale(factor=float("nan"))) == "factor is nan: give a finite number"
+
+
+def test_a_rate_that_no_optimizer_can_use_is_refused() -> None:
+    assert check(LrScale(factor=1e300)) == "factor is 1e+300: give a number up to 1e+15"
+    assert check(LrSet(value=1e300)) == "value is 1e+300: give a number up to 1e+15"
+    assert check(Rollback(target="last", lr_scale=1e300)) == "lr_scale is 1e+300: give a number up to 1e+15"
+    assert check(SetTunable(name="x", value=1e300)) is None, "what a script makes of its own values is its own"
     assert check(LrScale(factor=0.5)) is None
 
 

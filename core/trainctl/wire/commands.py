@@ -29,6 +29,10 @@ FINAL_COMMAND_STATES: frozenset[str] = frozenset(
     {"applied", "rejected", "conflict", "expired", "failed", "superseded", "unknown"}
 )
 
+# Of a learning rate, its factor or a weight decay. More is a slip of the hand, and an optimizer that multiplies two of
+# them raises where their product is beyond what its tensors hold: that would end the training, and every restart of it.
+LARGEST = 1e15
+
 Positive = Annotated[float, Meta(gt=0)]
 Count = Annotated[int, Meta(ge=0)]
 Text = Annotated[str, Meta(max_length=2000)]
@@ -352,4 +356,7 @@ def check(action: Act) -> str | None:
             return f"{name} is {value}: give a number above 0"
         if name == "value" and isinstance(action, LrSet) and isinstance(value, float) and value < 0:
             return f"a learning rate of {value} is negative: give 0 or more"
+        rate = name in {"factor", "lr_scale"} or (name == "value" and isinstance(action, LrSet))
+        if rate and isinstance(value, int | float) and value > LARGEST:
+            return f"{name} is {value:g}: give a number up to {LARGEST:g}"
     return None

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from trainctl.wire.commands import Act, LrRelease, LrScale, LrSet, SetTunable
+from trainctl.wire.commands import LARGEST, Act, LrRelease, LrScale, LrSet, SetTunable
 
 LR = "lr"
 FIELDS: tuple[str, ...] = ("weight_decay", "momentum", "beta1", "beta2")
@@ -120,4 +120,6 @@ def problem_with(name: str, value: object) -> str | None:
         return f"{name} is {value}: give a finite number, 0 or more, or `{RELEASE}`"
     if name != "weight_decay" and value >= 1:
         return f"{name} is {value}: give a number below 1"
+    if value > LARGEST:
+        return f"{name} is {value:g}: give a number up to {LARGEST:g}"
     return None

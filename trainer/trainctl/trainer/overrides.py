@@ -6,7 +6,6 @@ to the groups. What is set is a rule for each value and group (`override_rules`)
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -32,7 +31,7 @@ from trainctl.trainer.override_rules import (
     rules_from,
     undone,
 )
-from trainctl.wire.commands import Act, LrRelease, LrScale, LrSet, SetTunable
+from trainctl.wire.commands import LARGEST, Act, LrRelease, LrScale, LrSet, SetTunable
 
 
 class Overrides:
@@ -61,12 +60,13 @@ class Overrides:
 
         A pinned LR is released. Raises ValueError, also in the other setters, for what `check` names.
         """
-        _refuse(not (math.isfinite(factor) and factor > 0), f"the factor is {factor}: give a number above 0")
+        right = 0 < factor <= LARGEST
+        _refuse(not right, f"the factor is {factor}: give a number above 0, up to {LARGEST:g}")
         self._put(LR, group, Rule(kind="scale", value=factor))
 
     def set_lr(self, value: float, group: int | None = None) -> None:
         """Pin the LR to `value` whatever the schedule says; a scale is replaced."""
-        _refuse(not (math.isfinite(value) and value >= 0), f"the learning rate is {value}: give 0 or more")
+        _refuse(not 0 <= value <= LARGEST, f"the learning rate is {value}: give 0 or more, up to {LARGEST:g}")
         self._put(LR, group, Rule(kind="pin", value=value))
 
     def release_lr(self, group: int | None = None) -> None:
