@@ -265,8 +265,14 @@ def test_momentum_of_sgd_is_a_field_and_adamw_says_that_it_has_none() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("weight_decay", -0.1), ("weight_decay", 1e300), ("beta1", 1.0), ("momentum", float("nan")), ("beta2", True)]
-    + [("warp", 1.0)],
+    [
+        ("weight_decay", -0.1),
+        ("weight_decay", 1e300),
+        ("beta1", 1.0),
+        ("momentum", float("nan")),
+        ("beta2", True),
+        ("warp", 1.0),
+    ],
 )
 def test_a_value_that_cannot_be_meant_is_refused_in_words(name: str, value: float) -> None:
     overrides = Overrides([make()[1]])
