@@ -17,9 +17,9 @@ import torch.distributed as dist
 from one_rank import OneRank
 from test_checkpoint_vouched import flip
 
-from trainctl.trainer.attach import resume
 from trainctl.trainer.checkpoint import Checkpointer, CheckpointError
 from trainctl.trainer.identity import RankIdentity
+from trainctl.trainer.resuming import resume
 from trainctl.wire.lineage import Branch, record_branch
 from trainctl.wire.manifest import MANIFEST, remember_check
 from trainctl.wire.messages import Anomaly

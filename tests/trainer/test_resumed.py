@@ -12,10 +12,14 @@ from one_rank import OneRank
 
 from jobs import job
 from trainctl.trainer import Run
-from trainctl.trainer.attach import Parts, Script, resume
+from trainctl.trainer.attach import Parts, Script
 from trainctl.trainer.checkpoint import CheckpointError
 from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
 from trainctl.trainer.feed import Feed
+from trainctl.trainer.resuming import resume
+from trainctl.trainer.rolling_back import begin_branch, skipped_from
+from trainctl.wire.lineage import Branch
+from trainctl.wire.messages import Anomaly
 from waiting import until
 
 
@@ -85,6 +89,8 @@ def test_what_is_tracked_before_the_loop_is_restored_without_any_other_rank_and_
 ) -> None:
     second.resume()
     assert second.notes == []
+    told = [event for event in second.core.events if isinstance(event, Anomaly)]
+    assert told == [], "nobody set anything, so no settings are missing"
     second.track_hardness()
     assert float(second.loader.hardness["level"]) == 3.0
     assert next(second.run.batches()) == 6.0, "the loader read what was tracked"
@@ -135,6 +141,71 @@ def test_files_that_are_gone_meanwhile_are_named(second: Attempt) -> None:
         file.unlink()
     with pytest.raises(CheckpointError, match=r"step-00000002-1.1 cannot be read any more: .*\.distcp"):
         second.track_hardness()
+
+
+class TestDataThatARollbackLeftOut:
+    @pytest.fixture
+    def left_out(self, tmp_path: Path) -> str:
+        """Its checkpoint: the run had read 1 then, left out 2 and 3 by a rollback to it, and died behind 4, 1 and 2."""
+        first = Attempt(tmp_path, 1)
+        first.track_hardness()
+        batches = first.run.batches()
+        assert next(batches) == 1.0
+        first.rank.train(2)
+        checkpoint = first.rank.save()
+        assert first.rank.roll_back(checkpoint, skip_batches=2).ok
+        assert [next(batches) for _ in range(3)] == [4.0, 1.0, 2.0]
+        return checkpoint
+
+    @pytest.mark.parametrize("tracked", [True, False])
+    def test_are_left_out_by_every_restart_before_the_next_checkpoint(
+        self, tracked: bool, left_out: str, tmp_path: Path
+    ) -> None:
+        for attempt in (3, 4):
+            again = Attempt(tmp_path, attempt)
+            assert resume(again.core, None) == 2
+            if tracked:
+                again.track_hardness()
+            batches = again.run.batches()
+            assert [next(batches) for _ in range(3)] == [4.0, 1.0, 2.0]
+            assert again.notes[0] == (
+                "the 2 micro-batches on each rank that the rollback to step 2 left out are left out again"
+            )
+        again.rank.train(1)
+        again.rank.save()
+        later = Attempt(tmp_path, 5)
+        assert resume(later.core, None) == 3
+        assert next(later.run.batches()) == 3.0, "where the data stand is in the newer checkpoint"
+        assert not [text for text in later.notes if "left out again" in text]
+
+    def test_are_read_where_the_operator_names_the_checkpoint(
+        self, left_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("TRAINCTL_RESUME", left_out)
+        again = Attempt(tmp_path, 3)
+        again.resume()
+        assert next(again.run.batches()) == 2.0
+
+    def test_are_told_to_be_read_again_where_only_an_older_checkpoint_is_left(self, tmp_path: Path) -> None:
+        first = Attempt(tmp_path, 1)
+        first.rank.train(2)
+        first.rank.save()
+        first.core.incarnation = 2
+        begin_branch(first.core, parent=1, after_step=20, skipped=7)
+        again = Attempt(tmp_path, 3)
+        again.resume()
+        assert again.notes[0] == (
+            "the 7 micro-batches on each rank that the rollback to step 20 left out are read again: this checkpoint is "
+            "not the one that it went back to"
+        )
+
+    def test_are_shared_by_another_number_of_ranks(self, left_out: str, tmp_path: Path) -> None:
+        second = Attempt(tmp_path, 3).rank.core
+        assert second.checkpointer is not None
+        branch = Branch(incarnation=2, parent=1, after_step=2, skipped=7, ranks=2)
+        count, told = skipped_from(branch, second.checkpointer.load(left_out), 4)
+        assert count == 3
+        assert told is not None
 
 
 @pytest.mark.ranks

@@ -1,9 +1,11 @@
 """Which incarnation grew out of which: small files, so that an abandoned branch is never taken for the live one.
 
-    numbers/branch-000002.json   {"incarnation": 2, "parent": 1, "after_step": 20}
+    numbers/branch-000002.json   {"incarnation": 2, "parent": 1, "after_step": 20, "skipped": 7, "ranks": 2}
 
 says that incarnation 2 goes on from step 20 of incarnation 1: what incarnation 1 did after step 20 was left behind by a
-rollback, or lost by a restart. Rank 0 writes one when it attaches and at every rollback, before the outcome is told.
+rollback, or lost by a restart. Each of the 2 ranks left out 7 micro-batches there, and a restart that finds no newer
+checkpoint than the one of step 20 leaves them out too. Rank 0 writes one when it attaches and at every rollback, before
+the outcome is told.
 """
 
 import contextlib
@@ -18,6 +20,8 @@ class Branch(msgspec.Struct, frozen=True, kw_only=True):
     incarnation: int
     parent: int = 0  # 0: a beginning
     after_step: int = 0
+    skipped: int = 0  # micro-batches that each of `ranks` ranks left out at its beginning
+    ranks: int = 0
 
 
 def record_branch(run_dir: RunDir, branch: Branch) -> None:
@@ -33,6 +37,12 @@ def read_branches(run_dir: RunDir) -> dict[int, Branch]:
             branch = msgspec.json.decode(path.read_bytes(), type=Branch)
             found[branch.incarnation] = branch
     return found
+
+
+def newest_branch(run_dir: RunDir) -> Branch | None:
+    """The one that the run is on, or None before the first is written down."""
+    branches = read_branches(run_dir)
+    return branches[max(branches)] if branches else None
 
 
 def live_steps(branches: dict[int, Branch]) -> dict[int, float]:

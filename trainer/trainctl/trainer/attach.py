@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from trainctl.trainer import fallback, steering
+from trainctl.trainer import steering
 from trainctl.trainer.actions import Actions, refusal
 from trainctl.trainer.agents import NodeAgent
 from trainctl.trainer.agreement import in_two_phases
@@ -23,11 +23,9 @@ from trainctl.trainer.checkpoint import (
     MEMORY_CHECKPOINTS,
     Accessor,
     Checkpointer,
-    CheckpointError,
     Retention,
     State,
 )
-from trainctl.trainer.checkpoint.errors import RanksLost
 from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
 from trainctl.trainer.checkpoint.script_files import ScriptFiles
 from trainctl.trainer.control import Control
@@ -47,8 +45,6 @@ from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
 from trainctl.trainer.preemption import Preemption, Signalled
 from trainctl.trainer.reach import Reach
-from trainctl.trainer.resumed import Resumed
-from trainctl.trainer.rolling_back import begin_branch, position
 from trainctl.trainer.sender import Sender
 from trainctl.trainer.tunables import Tunables
 from trainctl.wire.commands import CheckpointSave, Command, Rollback, SetTunable, spec_of
@@ -395,68 +391,6 @@ def waits_for_a_save(core: Core, command: Command) -> bool:
     """Whether a command is better proposed later: a save now would hold training up until an older one is written."""
     saves = isinstance(command.action, CheckpointSave) and core.checkpointer is not None and core.checkpointer.full
     return saves and not core.boundary.closed and core.ending is None
-
-
-def resume(core: Core, group: Any) -> int | None:
-    """At start: restore what TRAINCTL_RESUME names, or, in a later attempt, the newest checkpoint that is whole.
-
-    A collective over `group`: rank 0 chooses for all, because a shared file system may not show everybody the same.
-
-    Returns the step, or None where there is nothing to resume from. A damaged one is passed over, and that is told.
-    Raises `CheckpointError` when the one that was asked for by name is damaged, or all are.
-    """
-    asked = os.environ.get("TRAINCTL_RESUME")
-    if asked and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        asked = "last"  # it was meant for this torchrun's first start: what was trained since is not to be left behind
-    alone_or_grouped = core.place.world_size == 1 or group is not None
-    if not alone_or_grouped or (not asked and core.identity.attempt == 1):
-        begin_branch(core)
-        return None
-    checkpoints = RunDir(core.identity.directory).checkpoints
-    found = fallback.choice(checkpoints, asked, core.best_by) if core.place.leads else None
-    told: list[Any] = [found, _newest(core) if core.place.leads else None]
-    if group is not None:
-        dist.broadcast_object_list(told, src=0, group=group)
-    chosen: fallback.Choice = told[0]
-    candidates, failed = chosen.candidates, dict[str, str]()
-    newest: steering.Steering | None = told[1]
-    if core.checkpointer is None:
-        candidates = []  # what operators set is taken all the same
-    elif chosen.named and not candidates:
-        raise CheckpointError(f"TRAINCTL_RESUME asks for {asked!r}, and there is no such checkpoint")
-    for checkpoint in candidates:
-        assert core.checkpointer is not None
-        try:
-            loaded = core.checkpointer.load(checkpoint)
-        except CheckpointError as error:
-            if chosen.named or isinstance(error, RanksLost):
-                raise
-            failed[checkpoint] = str(error)
-            continue
-        core.checkpointer.commit(loaded, restore_overrides=newest is None)
-        core.resumed_from, core.resumed_tunables = checkpoint, loaded.tunables
-        core.resumed = Resumed(core, loaded)
-        core.resumed.tell_notes()
-        if newest is not None:
-            steering.put(core, newest)
-        step = position(core, loaded, tell=False)
-        fallback.tell(core, checkpoint, failed, chosen.damaged)
-        begin_branch(core, parent=loaded.incarnation, after_step=step)
-        return step
-    if core.checkpointer is not None and (failed or chosen.damaged):
-        raise CheckpointError(fallback.none_left(failed, chosen.damaged))
-    if newest is not None:
-        steering.put(core, newest)
-        core.reverts.rewound(0)
-    begin_branch(core)
-    return None
-
-
-def _newest(core: Core) -> steering.Steering | None:
-    """What operators had set when an earlier attempt ended, unless the checkpoint's is asked for."""
-    asked = os.environ.get("TRAINCTL_RESTORE_OVERRIDES", "0") not in {"", "0"}
-    first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"  # it was meant for that one
-    return None if asked and first_start else steering.kept(core)
 
 
 def run_info(script: Script, core: Core) -> RunInfo:

@@ -20,8 +20,10 @@ log = logging.getLogger(__name__)
 class Resumed:
     """What a committed checkpoint still holds for the script, until training begins again."""
 
-    def __init__(self, core: Core, loaded: Loaded) -> None:
+    def __init__(self, core: Core, loaded: Loaded, *, skip: int = 0) -> None:
+        """`skip`: micro-batches of each rank that a rollback to this checkpoint left out, and are left out again."""
         self._core = core
+        self._skip = skip
         # What was committed is let go: it is as large as the state itself.
         self._loaded = dataclasses.replace(loaded, shared={}, tensors={})
         self._restored = False
@@ -31,7 +33,7 @@ class Resumed:
         untracked = {left_out(name) for name in self._loaded.later}
         for text in self._loaded.notes:
             if text not in untracked:
-                self._tell(text)
+                self.tell(text)
 
     def restore(self, name: str) -> None:
         """Give what is tracked under `name` its state. Raises `CheckpointError` where that cannot be read any more."""
@@ -40,7 +42,7 @@ class Resumed:
         if restore_tracked(self._loaded, name, checkpointer.state.tracked[name]):
             self._restored = True
         else:
-            self._tell(f"tracked.{name} is not in the checkpoint and stays as it is")
+            self.tell(f"tracked.{name} is not in the checkpoint and stays as it is")
         self._loaded.restore_rng()  # taking a state may draw
 
     def begin(self) -> None:
@@ -49,15 +51,16 @@ class Resumed:
         assert checkpointer is not None
         tracked = {f"tracked.{name}" for name in checkpointer.state.tracked}
         for name in self._loaded.later.keys() - tracked:
-            self._tell(left_out(name))
+            self.tell(left_out(name))
         if not self._restored or feed is None or (place := self._loaded.value("loader")) is None:
             return
         drawn = capture_rng()
         feed.load_state_dict(place)
-        open_data(feed, self._loaded)
+        open_data(feed, self._loaded, skip=self._skip)
         restore_rng(drawn)
 
-    def _tell(self, text: str) -> None:
+    def tell(self, text: str) -> None:
+        """Say to the log and to the operator what is, or is not, as it was."""
         core = self._core
         if core.place.leads:
             log.warning("trainctl: resumed from %s: %s", self._loaded.id, text)

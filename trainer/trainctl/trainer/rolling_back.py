@@ -7,6 +7,7 @@ from trainctl.trainer.buffer import Rewind
 from trainctl.trainer.checkpoint import Loaded
 from trainctl.trainer.core import Core
 from trainctl.trainer.data_place import DataPlace, open_data
+from trainctl.trainer.feed import among
 from trainctl.wire.commands import Rollback
 from trainctl.wire.lineage import Branch, record_branch
 from trainctl.wire.messages import RolledBack, Scalar
@@ -26,7 +27,7 @@ def roll_back(
     core.steered()
     step = position(core, loaded, data=data)
     core.incarnation = proposal.incarnation
-    begin_branch(core, parent=loaded.incarnation, after_step=step)
+    begin_branch(core, parent=loaded.incarnation, after_step=step, skipped=action.skip_batches)
     core.last_metrics.clear()  # those of the branch that is left are not this one's
     core.last_metrics.update(loaded.metrics)
     core.event(
@@ -50,22 +51,45 @@ def roll_back(
     return from_step, step
 
 
-def begin_branch(core: Core, *, parent: int = 0, after_step: int = 0) -> None:
-    """Write down where this incarnation begins, so that `last` and a restart never go back to an abandoned branch."""
+def begin_branch(core: Core, *, parent: int = 0, after_step: int = 0, skipped: int = 0) -> None:
+    """Write down where this incarnation begins, so that `last` and a restart never go back to an abandoned branch.
+
+    `skipped`: micro-batches that each rank left out there.
+    """
     core.parent = parent
     if not core.place.leads or core.identity.problem is not None:
         return
-    branch = Branch(incarnation=core.incarnation, parent=parent, after_step=after_step)
+    branch = Branch(
+        incarnation=core.incarnation,
+        parent=parent,
+        after_step=after_step,
+        skipped=skipped,
+        ranks=core.place.world_size,
+    )
     try:
         record_branch(RunDir(core.identity.directory), branch)
     except OSError as error:
         core.complain("lineage", f"incarnation {core.incarnation} could not be written down: {error.strerror or error}")
 
 
-def position(core: Core, loaded: Loaded, *, data: DataPlace | None = None, tell: bool = True) -> int:
+def skipped_from(branch: Branch | None, loaded: Loaded, ranks: int) -> tuple[int, str | None]:
+    """How many micro-batches each of `ranks` ranks has to leave out where `loaded` is resumed from, and what to tell.
+
+    The rollback with which `branch` began left them out, and no checkpoint was made since that says so.
+    """
+    if branch is None or not branch.skipped or loaded.incarnation >= branch.incarnation:
+        return 0, None
+    what = f"micro-batches on each rank that the rollback to step {branch.after_step} left out are"
+    if branch.parent != loaded.incarnation or branch.after_step != loaded.step:
+        return 0, f"the {branch.skipped} {what} read again: this checkpoint is not the one that it went back to"
+    count, _ = among(branch.skipped, branch.ranks or ranks, ranks)
+    return count, f"the {count} {what} left out again"
+
+
+def position(core: Core, loaded: Loaded, *, data: DataPlace | None = None, tell: bool = True, skip: int = 0) -> int:
     """Put counters, data and random state where a committed checkpoint says; return its step.
 
-    `data`: where they are open already, in place of opening them.
+    `data`: where they are open already, in place of opening them, `skip` micro-batches on.
     `tell` calls the script's on_rollback; at a resume the script has not begun, and starts from `run.step`.
     """
     step = int(core.counters["step"])
@@ -79,7 +103,7 @@ def position(core: Core, loaded: Loaded, *, data: DataPlace | None = None, tell:
         core.feed.take(data.after)
         loaded.restore_rng()
     elif core.feed is not None:
-        open_data(core.feed, loaded)
+        open_data(core.feed, loaded, skip=skip)
     if tell and core.callbacks.on_rollback is not None:
         core.callbacks.on_rollback(step)
     loaded.restore_rng()  # last: making an iterator draws random numbers

@@ -39,6 +39,7 @@ from trainctl.trainer.core import Callbacks
 from trainctl.trainer.evaluation import batches as evaluation_batches
 from trainctl.trainer.evaluation import evaluate
 from trainctl.trainer.preemption import farewell, listen
+from trainctl.trainer.resuming import resume
 from trainctl.trainer.tunables import TunableValue, Value
 from trainctl.wire.messages import LinkBye, RunStateName
 from trainctl.wire.preemption import REQUEUE_EXIT_CODE
@@ -398,7 +399,7 @@ class Run:
 
     def _resume(self) -> None:
         core = self._core
-        step = attaching.resume(core, self._parts.group)
+        step = resume(core, self._parts.group)
         core.first_step = core.boundary.completed
         self._warm_until = core.first_step + _WARM_STEPS
         core.row_step = core.boundary.completed + 1

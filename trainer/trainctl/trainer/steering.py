@@ -5,7 +5,6 @@ writes it to `overrides.json` in the run's directory before the operator hears t
 takes it from there. Asked to restore the checkpoint's (`--restore-overrides`), it takes those instead.
 """
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +58,13 @@ def keep(core: Core) -> None:
 
 def kept(core: Core) -> Steering | None:
     """What an earlier attempt wrote down, None where there is nothing that can be read."""
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            return msgspec.json.decode(file_of(core).read_bytes(), type=Steering)
-        except (OSError, msgspec.MsgspecError) as error:
-            core.complain("overrides", f"{file_of(core)} cannot be read, the checkpoint's overrides are used: {error}")
-    return None
+    try:
+        return msgspec.json.decode(file_of(core).read_bytes(), type=Steering)
+    except FileNotFoundError:
+        return None  # killed before it was written for the first time
+    except (OSError, msgspec.MsgspecError) as error:
+        core.complain("overrides", f"{file_of(core)} cannot be read, the checkpoint's overrides are used: {error}")
+        return None
 
 
 def put(core: Core, newest: Steering) -> None:
