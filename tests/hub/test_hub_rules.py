@@ -1,12 +1,14 @@
 """Why a command is rejected before anybody is asked to carry it out."""
 
+from dataclasses import replace
+
 import click
 import msgspec
 import pytest
 
 from trainctl.cli.main import cli
 from trainctl.hub.rules import Situation, allowed_without_audit, rejection
-from trainctl.wire.commands import REGISTRY, Abort, Act, Command, carrier_of
+from trainctl.wire.commands import REGISTRY, Abort, Act, Command, Rollback, carrier_of
 from trainctl.wire.messages import CheckpointInfo, CommandUpdate, RunInfo, Tunable
 
 GIVEN = {
@@ -65,6 +67,28 @@ def test_a_condition_is_refused_wherever_no_boundary_decides_it(name: str) -> No
         else:
             assert refused is not None
             assert f"{name} is carried out at once, and a condition is decided by rank 0" in refused
+
+
+@pytest.mark.parametrize(
+    ("off", "action", "words"),
+    [
+        (
+            "skip",
+            Rollback(target="good", skip_batches=3),
+            "rollback --skip-batches: not this script. Roll back without it",
+        ),
+        ("lr", Rollback(target="good", lr_scale=0.5), "rollback --lr-scale: not this script. Roll back without it"),
+    ],
+)
+def test_an_option_that_a_script_does_not_support_is_refused_and_the_rollback_is_not(
+    off: str, action: Rollback, words: str
+) -> None:
+    able = situation()
+    assert rejection(Command(id="c", action=action), able) is None
+    info = msgspec.structs.replace(able.info, capabilities=able.info.capabilities | {off: "not this script"})
+    there = replace(able, info=info)
+    assert rejection(Command(id="c", action=action), there) == words
+    assert rejection(Command(id="c", action=Rollback(target="good")), there) is None
 
 
 @pytest.mark.parametrize("name", REGISTRY)

@@ -8,7 +8,7 @@ from one_rank import OneRank
 from test_agreement_threads import Job
 
 from trainctl.trainer import on_the_way
-from trainctl.trainer.attach import prepare
+from trainctl.trainer.attach import Script, capabilities, prepare
 from trainctl.trainer.checkpoint import Checkpointer, Loaded
 from trainctl.trainer.checkpoint.rng import capture_rng
 from trainctl.trainer.checkpoint.tree import encode, keep_inline
@@ -54,6 +54,21 @@ def reading_without_end(directory: Path) -> Job:
     job.send(Rollback(target="1", skip_batches=WITHOUT_END))
     until(lambda: min(feed.index for feed in feeds) > 1000, 20, what="every rank to read")
     return job
+
+
+def test_a_script_with_data_of_its_own_is_asked_to_skip_nothing(tmp_path: Path) -> None:
+    """It was told as done before, and was not: `on_rollback` gets no count."""
+    rank = OneRank(tmp_path)
+    rank.core.capabilities = capabilities(Script(name="one"), rank.core, None)
+    rank.train(2)
+    checkpoint = rank.save()
+    why = prepare(rank.core, Command(id="c", action=Rollback(target=checkpoint, skip_batches=1)))
+    assert "the script owns its data iterator, so it is for the script to leave out batches" in str(why)
+    assert isinstance(prepare(rank.core, Command(id="c", action=Rollback(target=checkpoint))), Prepared)
+    rank.core.feed = a_feed()
+    rank.core.capabilities = capabilities(Script(name="one"), rank.core, None)
+    again = prepare(rank.core, Command(id="c", action=Rollback(target=checkpoint, skip_batches=1)))
+    assert isinstance(again, Prepared)
 
 
 def has_its_data_back(job: Job) -> bool:

@@ -3,10 +3,12 @@
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from one_rank import OneRank
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim import lr_scheduler as schedules
 from torch.optim.swa_utils import SWALR
@@ -350,6 +352,17 @@ def test_an_optimizer_that_never_passes_its_hooks_is_named() -> None:
         assert "Sam changes parameters without passing its step hooks" in str(refused)
     sam.step()
     assert overrides.check(LrScale(factor=0.5), boundary=3) is None
+
+
+def test_a_rollback_scales_no_rate_that_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rank = OneRank(tmp_path)
+    rank.train(2)
+    checkpoint = rank.save()
+    monkeypatch.setattr(Watch, "unobserved", lambda *_: True)
+    with pytest.raises(AssertionError, match="AdamW changes parameters without passing its step hooks"):
+        rank.roll_back(checkpoint, lr_scale=0.5)
+    assert rank.core.incarnation == 1
+    assert rank.roll_back(checkpoint).ok
 
 
 @pytest.mark.parametrize("groups", [1, 2, 30], ids=["one group", "two groups", "a group each"])

@@ -336,6 +336,17 @@ def test_rollback_shows_its_plan_and_only_y_does_it() -> None:
     drive(scenario)
 
 
+def test_what_a_rollback_cannot_do_for_this_script_is_said_in_its_plan() -> None:
+    info = run_info()
+    info = msgspec.structs.replace(info, capabilities=info.capabilities | {"skip": "the script owns its data iterator"})
+
+    async def scenario(cockpit: Cockpit) -> None:
+        await cockpit.press("R", "down", "down", "enter", "backspace", "4", "0")
+        await cockpit.until("--skip-batches: the script owns its data iterator")
+
+    drive(scenario, session=ScriptedSession(msgspec.structs.replace(snapshot(), info=info)))
+
+
 def test_a_rate_that_is_set_stays_over_a_rollback() -> None:
     pinned = LrState(scheduled=5.6e-4, effective=1e-5, rule="pin", value=1e-5)
 

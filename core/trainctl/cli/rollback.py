@@ -16,7 +16,7 @@ from trainctl.client.jsonable import dumps, jsonable
 from trainctl.client.rollback_plan import lost_work
 from trainctl.client.rollback_rate import lr_after, rate_then
 from trainctl.client.session import Session
-from trainctl.wire.commands import Rollback
+from trainctl.wire.commands import Rollback, option_off
 from trainctl.wire.manifest import resized_words
 from trainctl.wire.save_order import next_older
 
@@ -112,6 +112,8 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
             f"checkpoint {info.id} is damaged; nothing was done",
             f"the next older one is {older.id} at step {older.step}" if older else "there is no older one",
         )
+    if (off := option_off(action, model.info.capabilities if model.info else {})) is not None:
+        raise Rejected(off)
     state = model.state
     assert state is not None
     lost = await lost_work(session, info, found)

@@ -5,6 +5,7 @@ A command that is not here does not exist; a role that is not enough is refused.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Annotated, Literal, TypeAlias
 
 from msgspec import Meta, Struct
@@ -334,6 +335,21 @@ def spec_of(action: Act) -> Spec:
     """The registry's entry for an action."""
     name = str(action.__struct_config__.tag)
     return REGISTRY.get(name) or _BETWEEN_SOURCES[name]
+
+
+def option_off(action: Act, capabilities: Mapping[str, bool | str]) -> str | None:
+    """Why a script does not support an option of this action, or None; of the command itself `Spec.capability` says it.
+
+    What a script does not mention it is taken to support.
+    """
+    if not isinstance(action, Rollback):
+        return None
+    options = {"skip": ("--skip-batches", action.skip_batches > 0), "lr": ("--lr-scale", action.lr_scale is not None)}
+    for capability, (option, is_asked) in options.items():
+        able = capabilities.get(capability, True)
+        if is_asked and able is not True:
+            return f"rollback {option}: {able or 'this run does not support it'}. Roll back without it"
+    return None
 
 
 def carrier_of(action: Act) -> Carrier:

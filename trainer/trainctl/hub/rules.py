@@ -23,6 +23,7 @@ from trainctl.wire.commands import (
     Stop,
     carrier_of,
     check,
+    option_off,
     spec_of,
 )
 from trainctl.wire.expressions import ExpressionError, parse
@@ -98,7 +99,7 @@ def _possible(command: Command, situation: Situation) -> str | None:
         return None
     able = situation.info.capabilities.get(spec.capability)
     if able is True:
-        return None
+        return option_off(command.action, situation.info.capabilities)
     why = able if isinstance(able, str) else "the script gives trainctl nothing to do it with"
     return f"this run cannot {spec.name}: {why}"
 

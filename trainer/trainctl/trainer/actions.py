@@ -369,11 +369,17 @@ def refusal(core: Core, proposal: Proposal) -> str | None:
         case SetTunable():
             return problem_with(core, action)
         case LrScale() | LrSet() | LrRelease():
-            if core.overrides is None:
-                return "there is no optimizer"
-            return core.overrides.check(action, boundary=core.boundary.completed)
+            return _rate_problem(core, action)
+        case Rollback(lr_scale=float() as factor):
+            return _rate_problem(core, LrScale(factor=factor))
         case _:
             return None
+
+
+def _rate_problem(core: Core, action: Act) -> str | None:
+    if core.overrides is None:
+        return "there is no optimizer"
+    return core.overrides.check(action, boundary=core.boundary.completed)
 
 
 def unmet(core: Core, command: Command) -> str | None:

@@ -47,7 +47,7 @@ from trainctl.trainer.preemption import Preemption, Signalled
 from trainctl.trainer.reach import Reach
 from trainctl.trainer.sender import Sender
 from trainctl.trainer.tunables import Tunables
-from trainctl.wire.commands import CheckpointSave, Command, Rollback, SetTunable, spec_of
+from trainctl.wire.commands import CheckpointSave, Command, Rollback, SetTunable, option_off, spec_of
 from trainctl.wire.endings import is_ended
 from trainctl.wire.held_states import list_with_memory
 from trainctl.wire.manifest import pick
@@ -247,7 +247,7 @@ def capabilities(script: Script, core: Core, agreement_problem: str | None) -> d
     problem = agreement_problem
     if problem is None and script.crosses_boundaries:
         problem = "the script's communication crosses boundaries (attach(max_skew=…)): ranks have no common step"
-    names = ("pause", "lr", "set", "checkpoint", "rollback", "eval", "stop")
+    names = ("pause", "lr", "set", "checkpoint", "rollback", "skip", "eval", "stop")
     able: dict[str, bool | str] = dict.fromkeys(names, problem or True)
     if problem is not None:
         return able
@@ -258,6 +258,8 @@ def capabilities(script: Script, core: Core, agreement_problem: str | None) -> d
         able["rollback"] = able["checkpoint"]
     elif core.feed is None and core.callbacks.on_rollback is None:
         able["rollback"] = "the script owns its data iterator: give on_rollback= or loader= to Run.attach"
+    if core.feed is None:
+        able["skip"] = "the script owns its data iterator, so it is for the script to leave out batches"
     if core.callbacks.on_eval is None:
         able["eval"] = "no on_eval= was given to Run.attach"
     return able
@@ -367,6 +369,8 @@ def prepare(core: Core, command: Command) -> Prepared | str:
         return str(able)
     if core.boundary.closed or core.ending is not None:
         return "the run is ending: there is no further boundary"
+    if (off := option_off(action, core.capabilities)) is not None:
+        return off
     if isinstance(action, Rollback) and (slip := cannot_be_meant(core, action)) is not None:
         return slip
     if not isinstance(action, Rollback):

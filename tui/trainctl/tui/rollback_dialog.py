@@ -15,7 +15,7 @@ from trainctl.tui.dialogs import table_rows
 from trainctl.tui.table import TableView
 from trainctl.tui.tables import checkpoints_table
 from trainctl.tui.theme import Look
-from trainctl.wire.commands import Rollback, check
+from trainctl.wire.commands import Rollback, check, option_off
 from trainctl.wire.manifest import resized_words
 from trainctl.wire.messages import CheckpointInfo
 
@@ -94,7 +94,8 @@ class RollbackDialog(Dialog):
             self.query_one("#plan", Static).update("")
             self.tell(str(error))
             return
-        if (problem := check(self.wish().action)) is not None:
+        action, able = self.wish().action, self.model.info.capabilities if self.model.info else {}
+        if (problem := check(action) or option_off(action, able)) is not None:
             self.tell(problem)
         if chosen.id not in self._lost:
             self.run_worker(self._look_up(chosen), group="lost", exclusive=True)
