@@ -1,6 +1,7 @@
 """What a command meets during a checkpoint, a rollback or a pause: the table of wire/meets.py, cell by cell."""
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from trainctl.trainer.agreement import Outcome, Proposal, Seal, encode
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.checkpoint import checkpointer as checkpointer_module
 from trainctl.trainer.core import Callbacks, Hold
+from trainctl.trainer.figures import Pace, run_state
 from trainctl.trainer.leader import Leader, Prepared
 from trainctl.trainer.meeting import Connection
+from trainctl.trainer.tally import Tally
 from trainctl.wire.commands import (
     REGISTRY,
     Abort,
@@ -155,3 +158,18 @@ def test_while_a_rollback_loads_all_wait_behind_it(row: Row, command: type[Act])
     until(lambda: [update.id for update in told if update.state == "rejected"] == ["next"], 10)
     leader.close()
     leader.join(10)
+
+
+def test_a_pause_goes_on_over_what_is_done_in_it(rank: OneRank) -> None:
+    """Its GPU-hours are counted from its beginning, and a checkpoint or an evaluation is another state meanwhile."""
+    rank.core.hold = Hold(since=100.0, by="mk", resumes_at=None)
+
+    def told() -> tuple[str, float | None]:
+        found = run_state(rank.core, Pace(), Tally(), since=time.time(), step_time=0.0, dropped={})
+        return found.state, found.paused_since
+
+    assert told() == ("paused", 100.0)
+    rank.core.doing = "evaluating"
+    assert told() == ("evaluating", 100.0)
+    rank.core.doing = rank.core.hold = None
+    assert told() == ("running", None)

@@ -164,6 +164,10 @@ def test_paused_stale_and_lost_say_what_happened_and_what_to_do(size: tuple[int,
         assert "P resumes" in text
         cockpit.session.say(run_state(state="paused", by="mk", since=time.time() - 3600))
         await cockpit.until("held: 4 GPUs, 4.0 GPU-h")
+        began = time.time() - 7200  # and there was an evaluation meanwhile
+        cockpit.session.say(run_state(state="paused", by="mk", since=time.time(), paused_since=began))
+        text = await cockpit.until("held: 4 GPUs, 8.0 GPU-h")
+        assert "PAUSED 2h" in text
         cockpit.session.say(run_state(state="lost", reason="rank 3 on node-b died: SIGKILL"))
         text = await cockpit.until("✕ LOST")
         assert "rank 3 on node-b died: SIGKILL · last good checkpoint 5,000" in text

@@ -50,7 +50,8 @@ def _headline(model: RunModel, now: float | None) -> str:
     total = f"/{model.total_steps}" if model.total_steps else ""
     words = f"{plain(info.run)}  {state.state.upper()}  step {state.step}{total}"
     words += f"  eta {duration(model.eta_s)}" if model.eta_s is not None else ""
-    words += f"  {duration(model.age_of(state.since, now))} in this state" if state.state == "paused" else ""
+    since = state.paused_since or state.since
+    words += f"  {duration(model.age_of(since, now))} in this state" if state.state == "paused" else ""
     words += f" by {plain(state.by)}" if state.by else ""
     words += f"  ({plain(state.reason)})" if state.reason and state.reason != f"by {state.by}" else ""
     age_s = model.age_s(now)

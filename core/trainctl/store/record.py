@@ -256,6 +256,7 @@ class RunRecord:
             reason=event.reason,
             by=None,
             resumes_at=None,
+            paused_since=self.state.paused_since if event.state == "paused" else None,
         )
 
     def _apply_command(self, update: CommandUpdate) -> None:

@@ -354,6 +354,7 @@ class RunState(Message, frozen=True, kw_only=True):
     revert_in: dict[str, int] = {}  # commit-confirmed changes: steps left, by command id
     overrides: dict[str, str] = {}  # what operators have set, in words: {"lr": "× 0.5"}
     in_memory: list[CheckpointInfo] = []  # states that every rank has in host memory, oldest first
+    paused_since: float | None = None  # when the pause began, which what is done in between does not end
 
 
 class Beat(Message, frozen=True, kw_only=True, tag="beat"):

@@ -97,6 +97,7 @@ class RunLife:
             samples_per_s=None,
             mfu=None,
             resumes_at=None,
+            paused_since=None,
             revert_in={},
         )
         return self.state

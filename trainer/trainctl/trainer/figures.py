@@ -167,6 +167,7 @@ def run_state(
         infs=dict(tally.infs),
         by=hold.by if hold is not None else core.ended_by,
         resumes_at=hold.resumes_at if hold is not None else None,
+        paused_since=hold.since if hold is not None else None,
         revert_in=core.reverts.steps_left(core.boundary.completed),
         overrides=steering.in_words(core),
         dropped={reason: count for reason, count in dropped.items() if count},

@@ -114,6 +114,8 @@ def _reason_without(reason: str | None, actor: str | None) -> str:
 
 def _since(model: RunModel, state: RunState) -> float:
     """When the run began to be as it is. An evaluation or a checkpoint in between does not make it run anew."""
+    if state.state == "paused" and state.paused_since is not None:
+        return state.paused_since
     if state.state not in _MOVING:
         return state.since
     began = state.since
@@ -137,7 +139,7 @@ def held(model: RunModel, now: float | None = None) -> str:
     if not gpus or state is None:
         world = model.info.world_size if model.info else len(model.ranks)
         return figures.plural(world, "rank")
-    hours = len(gpus) * model.age_of(state.since, now) / 3600
+    hours = len(gpus) * model.age_of(_since(model, state), now) / 3600
     words = f"{figures.plural(len(gpus), 'GPU')}, {hours:.1f} GPU-h"
     fullest = max(gpus, key=lambda gpu: gpu.memory_used_bytes or 0)
     if fullest.memory_used_bytes and fullest.memory_total_bytes:
