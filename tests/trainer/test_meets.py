@@ -160,16 +160,25 @@ def test_while_a_rollback_loads_all_wait_behind_it(row: Row, command: type[Act])
     leader.join(10)
 
 
-def test_a_pause_goes_on_over_what_is_done_in_it(rank: OneRank) -> None:
-    """Its GPU-hours are counted from its beginning, and a checkpoint or an evaluation is another state meanwhile."""
-    rank.core.hold = Hold(since=100.0, by="mk", resumes_at=None)
+def test_a_pause_goes_on_over_an_evaluation_that_is_made_in_it(rank: OneRank) -> None:
+    """What it holds is counted from its beginning."""
+    hold = rank.core.hold = Hold(since=100.0, by="mk", resumes_at=None)
+    seen = []
 
     def told() -> tuple[str, float | None]:
         found = run_state(rank.core, Pace(), Tally(), since=time.time(), step_time=0.0, dropped={})
         return found.state, found.paused_since
 
-    assert told() == ("paused", 100.0)
-    rank.core.doing = "evaluating"
-    assert told() == ("evaluating", 100.0)
-    rank.core.doing = rank.core.hold = None
+    def leave() -> None:
+        until(lambda: seen and rank.core.hold is not None, 20, what="the evaluation to end")
+        seen.append(told())
+        rank.core.hold = None
+
+    rank.core.callbacks = Callbacks(on_eval=lambda: seen.append(told()) or {})
+    leaving = threading.Thread(target=leave)
+    leaving.start()
+    assert rank.do(Evaluate()).ok
+    leaving.join()
+    assert rank.core.hold is None
+    assert seen == [("evaluating", None), ("paused", hold.since)]
     assert told() == ("running", None)
