@@ -424,6 +424,7 @@ class TestProcesses:
             liveness.relay(float(second))
             liveness.figures([figures(0, float(second), second)], float(second))
             assert liveness.tick(float(second)) == []
+        assert (liveness.state_of(0), liveness.state_of(1)) == (None, "left")
 
     def test_ranks_of_other_runs_and_earlier_attempts_are_none_of_ours(self) -> None:
         liveness = Liveness(PLACES, 0.0)

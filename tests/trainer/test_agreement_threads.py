@@ -15,10 +15,12 @@ from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.buffer import RowBuffer
 from trainctl.trainer.control import Control, InDoubt
 from trainctl.trainer.core import Callbacks, Core
+from trainctl.trainer.exchange import Exchange
 from trainctl.trainer.identity import RankIdentity, RunIdentity
 from trainctl.trainer.leader import Leader, Prepared
 from trainctl.trainer.meeting import Connection, StoreSilent
 from trainctl.trainer.phases import Phases
+from trainctl.trainer.reach import GRACE_S, Reach
 from trainctl.trainer.reverts import Revert
 from trainctl.trainer.tunables import Tunables, TunableValue
 from trainctl.wire.commands import Action, Command, Pause, Resume, SetTunable, Stop
@@ -144,6 +146,28 @@ class Job:
         for thread in (self.leader, *(r.training for r in self.ranks), *(r.control for r in self.ranks)):
             thread.join(20)
             assert not thread.is_alive()
+
+
+def test_once_a_rank_has_left_its_loop_no_command_is_said_to_be_possible(tmp_path: Path) -> None:
+    store, together = HashStore(), threading.Barrier(2)
+    ranks = [Rank(number, 2, store, together, tmp_path) for number in range(2)]
+    for rank in ranks:
+        rank.control.start()
+    core, control = ranks[0].core, ranks[0].control
+    reach = Reach(core, None, Exchange(core, None, None), control)
+    reach.look(0.0)
+    assert core.unreachable is None
+    ranks[1].control.leave(20)
+    until(lambda: control.gone == 1, 20)
+    for now, told in ((1.0, None), (1.0 + GRACE_S, "rank 1 has left its loop: there is no further boundary")):
+        reach.look(now)
+        assert core.unreachable == told
+    reach.look(60.0)
+    (told_of,) = [event.text for event in core.events if isinstance(event, Anomaly)]
+    assert told_of == (
+        "rank 1 has left its loop: there is no further boundary, and each command is refused; training goes on, "
+        "abort --now ends it"
+    )
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

@@ -190,6 +190,17 @@ def test_a_change_on_trial_is_counted_down_also_while_the_run_is_held() -> None:
     drive(scenario)
 
 
+def test_a_rank_that_left_its_loop_is_not_merely_silent() -> None:
+    async def scenario(cockpit: Cockpit) -> None:
+        ranks = [
+            msgspec.structs.replace(found, state="left") if found.rank == 3 else found for found in rank_figures(4)
+        ]
+        cockpit.session.say(Ranks(incarnation=2, ranks=ranks))
+        await cockpit.until("left its loop on node-b")
+
+    drive(scenario)
+
+
 def test_an_evaluation_says_how_far_it_is() -> None:
     async def scenario(cockpit: Cockpit) -> None:
         ranks = [msgspec.structs.replace(found, eval_batch=120 + found.rank) for found in rank_figures(4)]

@@ -202,9 +202,9 @@ class Liveness:
         self.store_silent = False
 
     def state_of(self, rank: int) -> str | None:
-        """`stuck` or `dead` where that was found."""
+        """`stuck`, `dead` or `left` (it ended well, before the others did) where that was found."""
         found = self._ranks.get(rank)
-        return found.judged if found is not None and found.judged in {"stuck", "dead"} else None
+        return found.judged if found is not None else None
 
     def relay(self, now: float) -> None:
         """Rank 0 said something."""

@@ -309,7 +309,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
     sender = Sender(
         core,
         exchange=exchange,
-        reach=Reach(core, leader, exchange),
+        reach=Reach(core, leader, exchange, control),
         agent=agent,
         link=link,
         leader=leader,

@@ -76,6 +76,7 @@ class Control(threading.Thread):
         self._leaving = threading.Event()
         self._failed: str | None = None
         self.gathering: Gathering | None = None  # the newest
+        self.gone: int | None = None  # the rank that was the first to leave its loop
 
     @property
     def problem(self) -> str | None:
@@ -107,6 +108,7 @@ class Control(threading.Thread):
                 sealed = self._hear(f"p/{self._number}")
                 proposal = decode_proposal(sealed) if sealed is not None else None
                 if proposal is not None and proposal.leaving is not None:
+                    self.gone = proposal.leaving
                     return
                 if proposal is not None:
                     armed = Armed(proposal)

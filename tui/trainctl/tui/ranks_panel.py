@@ -38,6 +38,9 @@ def worst_rank(model: RunModel, now: float | None = None) -> Verdict | None:
             return Verdict(rank=rank.rank, text=f"{rank.state} on {plain(rank.node)}", tone=Tone.LOST)
     if model.link == "live" and not model.ended:
         for rank in ranks:
+            if rank.state == "left":
+                text = f"left its loop on {plain(rank.node)}"
+                return Verdict(rank=rank.rank, text=text, tone=Tone.WARNING)
             if (age := model.rank_age_s(rank.rank, now) or 0.0) > _QUIET_AFTER_S and len(ranks) > 1:
                 text = f"silent for {figures.duration(age)} on {plain(rank.node)}"
                 return Verdict(rank=rank.rank, text=text, tone=Tone.STALLED)
