@@ -2,8 +2,9 @@
 rollback to a state in memory takes, beside the bare copy back.
 
     python bench/checkpoint_stall.py [--millions 10 100 500] [--rounds 5] [--peer-rounds 2] [--threads 1] [--gate]
+                                     [--width 2048]
 
-State: linear layers on the CPU with AdamW, at 500 M parameters with plain SGD, so that every peer's buffers fit into
+State: linear layers of `--width` (narrower ones are more tensors) on the CPU with AdamW, at 500 M parameters with plain SGD, so that every peer's buffers fit into
 24 GB. One JSON line for all sizes; times are in seconds, `best` of the fastest round, which a busy machine disturbs
 least, and `median`. All run in one process with the same number of threads:
 
@@ -46,7 +47,6 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from trainctl.trainer.checkpoint import Checkpointer, State
 from trainctl.trainer.checkpoint.save import SaveResult
 
-_WIDTH = 2048
 _LEAN_FROM_MILLIONS = 300
 GATED_FROM_PARAMETERS = 100_000_000
 GATED_RATIO = 1.1
@@ -54,9 +54,9 @@ GATED_RATIO = 1.1
 Times = dict[str, list[float]]
 
 
-def build(millions: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+def build(millions: int, width: int) -> tuple[nn.Module, torch.optim.Optimizer]:
     """A stack of layers with about so many parameters, and an optimizer that has taken a step."""
-    width = _WIDTH if millions >= 50 else _WIDTH // 2
+    width = width if millions >= 50 else width // 2
     layers = max(1, round(millions * 1e6 / (width * (width + 1))))
     model = nn.Sequential(*(nn.Linear(width, width) for _ in range(layers)))
     lean = millions >= _LEAN_FROM_MILLIONS
@@ -177,8 +177,8 @@ def measure_peers(scratch: Path, state: Callable[[], dict[str, Any]], rounds: in
     stager.close()
 
 
-def measure(millions: int, rounds: int, peer_rounds: int) -> dict[str, object]:
-    model, optimizer = build(millions)
+def measure(millions: int, rounds: int, peer_rounds: int, width: int) -> dict[str, object]:
+    model, optimizer = build(millions, width)
     live = tensors_of(model, optimizer)
     names = ("warm_copy", "cold_copy", "ours", "ours_forked", "ours_write", "copy_back", "rollback")
     peers = ("torch_save", "dcp_save", "dcp_async", "dcp_async_first")
@@ -234,6 +234,7 @@ def main() -> None:
     parser.add_argument("--millions", type=int, nargs="+", default=[10, 100, 500])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peer-rounds", type=int, default=2)
+    parser.add_argument("--width", type=int, default=2048, help="of a layer")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--gate", action="store_true", help="fail where a checkpoint stalls longer than promised")
     options = parser.parse_args()
@@ -242,7 +243,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as meeting:
         dist.init_process_group("gloo", init_method=f"file://{meeting}/store", rank=0, world_size=1)
-        sizes = [measure(millions, options.rounds, options.peer_rounds) for millions in options.millions]
+        sizes = [measure(millions, options.rounds, options.peer_rounds, options.width) for millions in options.millions]
         dist.destroy_process_group()
     threads = torch.get_num_threads()
     print(json.dumps({"bench": "checkpoint_stall", "rounds": options.rounds, "threads": threads, "sizes": sizes}))

@@ -281,8 +281,7 @@ class Checkpointer:
             self.state.overrides.heal()
         if loaded.script is not None and self.state.script is not None:
             self.state.script.load(loaded.script)
-        devices = {name: tensor.device for name, tensor in capture_shared(self.state).tensors.items()}
-        commit(self.state, loaded, devices=devices, restore_overrides=restore_overrides)
+        commit(self.state, loaded, restore_overrides=restore_overrides)
 
     def drain(self, timeout_s: float | None = None) -> None:
         """Wait until nothing runs in the background. Raises TimeoutError; what runs goes on."""

@@ -1,12 +1,13 @@
 """Putting a loaded checkpoint into the live objects: copies into what is there, so nothing is shared afterwards."""
 
+import functools
 from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
-from trainctl.trainer.checkpoint.capture import bare, capture_tracked
+from trainctl.trainer.checkpoint.capture import bare, capture_shared, capture_tracked
 from trainctl.trainer.checkpoint.load import Loaded
 from trainctl.trainer.checkpoint.sharded import copy_into, moved, same_kind
 from trainctl.trainer.checkpoint.state import Accessor, State, Tracked
@@ -30,11 +31,15 @@ class _Host:
         self.on_cpu = on_cpu
 
 
-def commit(state: State, loaded: Loaded, *, devices: Mapping[str, torch.device], restore_overrides: bool) -> None:
-    """Make the live state the loaded one, random numbers excepted. `devices`: where each live tensor lies."""
+def commit(state: State, loaded: Loaded, *, restore_overrides: bool) -> None:
+    """Make the live state the loaded one, random numbers excepted."""
+
+    @functools.cache
+    def live() -> Mapping[str, torch.Tensor]:
+        return capture_shared(state).tensors  # not for what is copied in place: it costs as much as many small copies
 
     def copied(name: str, _device: str) -> torch.Tensor:
-        return moved(loaded.tensors[name], devices.get(name, torch.device("cpu")))
+        return moved(loaded.tensors[name], live()[name].device if name in live() else "cpu")
 
     def given(name: str, _device: str) -> torch.Tensor:
         return loaded.tensors[name].clone() if "_extra_state" in name else loaded.tensors[name]
@@ -47,10 +52,9 @@ def commit(state: State, loaded: Loaded, *, devices: Mapping[str, torch.device],
         if _keeps_its_state_itself(optimizer):
             optimizer.load_state_dict(decode(node, copied))
         else:
-            _restore_optimizer(
-                optimizer,
-                decode(node, lambda name, device: _Host(loaded.tensors[name], on_cpu=device == "cpu")),
-            )
+            saved = decode(node, lambda name, device: _Host(loaded.tensors[name], on_cpu=device == "cpu"))
+            with torch.no_grad():
+                _restore_optimizer(optimizer, saved)
     for name, tracked in state.tracked.items():
         if f"tracked.{name}" in loaded.shared:
             _give(tracked, decode(loaded.shared[f"tracked.{name}"], copied))

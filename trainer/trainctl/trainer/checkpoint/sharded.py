@@ -21,15 +21,16 @@ def twin(like: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 
 
 def copy_into(live: torch.Tensor, saved: torch.Tensor) -> None:
-    """Overwrite `live` with `saved`, which has the same shape, dtype and layout."""
-    with torch.no_grad():
-        local_part(live).copy_(local_part(saved))
+    """Overwrite `live` with `saved`, which has the same shape, dtype and layout. For use under `torch.no_grad()`."""
+    local_part(live).copy_(local_part(saved))
 
 
 def same_kind(live: object, saved: torch.Tensor) -> bool:
     """Whether `saved` fits into `live` as it is."""
     if not isinstance(live, torch.Tensor) or live.shape != saved.shape or live.dtype != saved.dtype:
         return False
+    if type(saved) is torch.Tensor and type(live) is torch.Tensor:
+        return True
     return isinstance(live, DTensor) == isinstance(saved, DTensor) and local_part(live).shape == local_part(saved).shape
 
 

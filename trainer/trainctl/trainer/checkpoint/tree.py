@@ -33,10 +33,14 @@ def encode(value: Any, path: str, put: Put, *, skip_code: bool = False) -> Node:
     if kind in _PLAIN:
         return ("v", value)
     if isinstance(value, torch.Tensor):
-        return put(path, value.detach())
+        return put(path, value.detach() if value.requires_grad else value)
     if isinstance(value, dict):
+        # Keys are told apart here: of a model of thousands of small tensors the calls would cost as much as the copy.
         items = [
-            (encode(key, path, _no_tensor), encode(item, f"{path}.{key}", put, skip_code=skip_code))
+            (
+                ("v", key) if type(key) in _PLAIN else encode(key, path, _no_tensor),
+                encode(item, f"{path}.{key}", put, skip_code=skip_code),
+            )
             for key, item in value.items()
             if not (skip_code and callable(item))
         ]
