@@ -4,9 +4,10 @@ rollback to a state in memory takes, beside the bare copy back.
     python bench/checkpoint_stall.py [--millions 10 100 500] [--rounds 5] [--peer-rounds 2] [--threads 1] [--gate]
                                      [--width 2048]
 
-State: linear layers of `--width` (narrower ones are more tensors) on the CPU with AdamW, at 500 M parameters with plain SGD, so that every peer's buffers fit into
-24 GB. One JSON line for all sizes; times are in seconds, `best` of the fastest round, which a busy machine disturbs
-least, and `median`. All run in one process with the same number of threads:
+State: linear layers of `--width` (narrower ones are more tensors) on the CPU with AdamW, at 500 M parameters with
+plain SGD, so that every peer's buffers fit into 24 GB. One JSON line for all sizes; times are in seconds, `best` of
+the fastest round, which a busy machine disturbs least, and `median`. All run in one process with the same number of
+threads:
 
 warm_copy    into buffers that were allocated and touched before      cold_copy    into new ones
 torch_save   torch.save of the state dicts, without fsync             dcp_save     torch.distributed.checkpoint.save

@@ -8,7 +8,7 @@ import pytest
 from one_rank import OneRank
 from torch.distributed import HashStore
 
-from trainctl.trainer.actions import refusal
+from trainctl.trainer.actions import begin_save, refusal
 from trainctl.trainer.agreement import Outcome, Proposal, Seal, encode
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.checkpoint import checkpointer as checkpointer_module
@@ -16,6 +16,7 @@ from trainctl.trainer.core import Callbacks, Hold
 from trainctl.trainer.figures import Pace, run_state
 from trainctl.trainer.leader import Leader, Prepared
 from trainctl.trainer.meeting import Connection
+from trainctl.trainer.saves_first import SavesFirst
 from trainctl.trainer.tally import Tally
 from trainctl.wire.commands import (
     REGISTRY,
@@ -182,3 +183,35 @@ def test_a_pause_goes_on_over_an_evaluation_that_is_made_in_it(rank: OneRank) ->
     assert rank.core.hold is None
     assert seen == [("evaluating", None), ("paused", hold.since)]
     assert told() == ("running", None)
+
+
+def test_a_rollback_is_proposed_once_the_save_that_ran_when_it_came_is_written(
+    rank: OneRank, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that hangs would hold every rank till then, and withdraws nothing: training goes on, others pass."""
+    answers = {name: threading.Event() for name in ("first", "second")}
+    turns, write = iter(answers.values()), checkpointer_module.write
+
+    def slow(*given: object) -> int:
+        next(turns).wait(30)
+        return write(*given)  # type: ignore[arg-type]
+
+    saves_first = SavesFirst(rank.core)
+    there = Command(id="there", action=Rollback(target="last"))
+    assert not saves_first(there)
+    monkeypatch.setattr(checkpointer_module, "write", slow)
+    saving = [begin_save(rank.core).pending]
+    early, other = Command(id="early", action=Rollback(target="last")), Command(id="lr", action=LrScale(factor=0.5))
+    assert saves_first(early)
+    assert not saves_first(other)
+    rank.train(1)
+    saving.append(begin_save(rank.core).pending)
+    late = Command(id="late", action=Rollback(target="last"))
+    assert saves_first(late)
+    answers["first"].set()
+    saving[0].result(30)
+    assert not saves_first(early), "though another one runs: there may always be one"
+    assert saves_first(late)
+    answers["second"].set()
+    saving[1].result(30)
+    assert not saves_first(late)

@@ -12,12 +12,14 @@ from one_rank import OneRank
 
 from jobs import job
 from trainctl.trainer import Run
+from trainctl.trainer import run as run_module
 from trainctl.trainer.attach import Parts, Script
 from trainctl.trainer.checkpoint import CheckpointError
 from trainctl.trainer.checkpoint.rng import capture_rng, restore_rng
 from trainctl.trainer.feed import Feed
 from trainctl.trainer.resuming import resume
 from trainctl.trainer.rolling_back import begin_branch, skipped_from
+from trainctl.trainer.tunables import TunableValue
 from trainctl.wire.lineage import Branch
 from trainctl.wire.messages import Anomaly
 from waiting import until
@@ -103,9 +105,18 @@ def test_random_numbers_are_the_checkpoints_whatever_taking_a_state_draws(second
     second.run.track("old", get=lambda: 0, set=lambda _value: torch.rand(3))
     second.track_hardness()
     assert torch.equal(torch.get_rng_state(), expected)
-    torch.rand(1)  # a script's own, before its loop
-    expected = torch.get_rng_state()
+    torch.manual_seed(5)  # a script's own, before its loop
     next(second.run.batches())
+    assert torch.equal(torch.get_rng_state(), expected)
+
+
+def test_random_numbers_that_a_first_step_has_drawn_already_are_not_drawn_again(second: Attempt) -> None:
+    """As where a script takes no batches from us: its first step is over when its loop is known to have begun."""
+    second.resume()
+    second.track_hardness()
+    torch.rand(3)
+    expected = torch.get_rng_state()
+    second.run.step_done()
     assert torch.equal(torch.get_rng_state(), expected)
 
 
@@ -206,6 +217,20 @@ class TestDataThatARollbackLeftOut:
         count, told = skipped_from(branch, second.checkpointer.load(left_out), 4)
         assert count == 3
         assert told is not None
+
+
+def test_only_the_last_save_by_the_interval_is_never_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where steps are faster than the disk training goes on without; behind the last one there is nothing to wait."""
+    only = Attempt(tmp_path, 1)
+    only.core.total_steps = 6
+    only.run._checkpoint_every = TunableValue("checkpoint_every", 2)
+    saved: list[tuple[int, bool]] = []
+    monkeypatch.setattr(
+        run_module, "begin_save", lambda core, *, may_leave_out: saved.append((core.boundary.completed, may_leave_out))
+    )
+    for _ in range(6):
+        only.run.step_done()
+    assert saved == [(2, True), (4, True), (6, False)]
 
 
 @pytest.mark.ranks

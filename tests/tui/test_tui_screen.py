@@ -361,6 +361,14 @@ def test_what_a_rollback_cannot_do_for_this_script_is_said_in_its_plan() -> None
 
     drive(scenario, session=ScriptedSession(msgspec.structs.replace(snapshot(), info=info)))
 
+    async def a_slip(cockpit: Cockpit) -> None:
+        ranks = [msgspec.structs.replace(found, data_first=8, data_last=9) for found in rank_figures(4)]
+        cockpit.session.say(Ranks(incarnation=2, ranks=ranks))
+        await cockpit.press("R", "down", "down", "enter", "backspace", *"200001")
+        await cockpit.until("to skip 200001 micro-batches is more than the whole run reads on a rank")
+
+    drive(a_slip)
+
 
 def test_a_rate_that_is_set_stays_over_a_rollback() -> None:
     pinned = LrState(scheduled=5.6e-4, effective=1e-5, rule="pin", value=1e-5)

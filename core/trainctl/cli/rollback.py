@@ -13,10 +13,10 @@ from trainctl.client.commanding import make_command
 from trainctl.client.errors import Rejected
 from trainctl.client.figures import duration, plain, scientific
 from trainctl.client.jsonable import dumps, jsonable
-from trainctl.client.rollback_plan import lost_work
+from trainctl.client.rollback_plan import lost_work, why_not
 from trainctl.client.rollback_rate import lr_after, rate_then
 from trainctl.client.session import Session
-from trainctl.wire.commands import Rollback, option_off
+from trainctl.wire.commands import Rollback
 from trainctl.wire.manifest import resized_words
 from trainctl.wire.save_order import next_older
 
@@ -112,8 +112,8 @@ async def plan_rollback(session: Session, action: Rollback) -> RollbackPlan:
             f"checkpoint {info.id} is damaged; nothing was done",
             f"the next older one is {older.id} at step {older.step}" if older else "there is no older one",
         )
-    if (off := option_off(action, model.info.capabilities if model.info else {})) is not None:
-        raise Rejected(off)
+    if (why := why_not(action, model)) is not None:
+        raise Rejected(why)
     state = model.state
     assert state is not None
     lost = await lost_work(session, info, found)

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainctl.client.figures import two_decimals
+from trainctl.client.model import RunModel
 from trainctl.client.session import Session
+from trainctl.wire.commands import Act, Rollback, option_off, too_many_to_skip
 from trainctl.wire.lineage import Branch, live_steps
 from trainctl.wire.messages import CheckpointInfo, Event, RankFigures, RolledBack, StateChanged
 
@@ -40,6 +42,19 @@ class LostWork:
         if self.gpu_hours is None:
             return f"{unit} n/a"
         return f"under 0.01 {unit}" if 0 < self.gpu_hours < 0.01 else f"{two_decimals(self.gpu_hours)} {unit}"
+
+
+def why_not(action: Act, model: RunModel) -> str | None:
+    """Why the run would refuse this rollback, as far as that can be told from what is known of it; or None."""
+    info = model.info
+    if not isinstance(action, Rollback) or info is None:
+        return None
+    if (off := option_off(action, info.capabilities)) is not None:
+        return off
+    first = model.ranks.get(0)
+    if model.total_steps is None or first is None or first.data_first is None or first.data_last is None:
+        return None
+    return too_many_to_skip(action, model.total_steps, first.data_last - first.data_first + 1)
 
 
 async def lost_work(session: Session, target: CheckpointInfo, known: Sequence[CheckpointInfo]) -> LostWork:

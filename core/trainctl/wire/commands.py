@@ -352,6 +352,17 @@ def option_off(action: Act, capabilities: Mapping[str, bool | str]) -> str | Non
     return None
 
 
+def too_many_to_skip(action: Rollback, total_steps: int, a_step: int) -> str | None:
+    """Why so many micro-batches cannot be meant to be left out, or None. `a_step`: how many a step reads on a rank."""
+    whole = total_steps * a_step
+    if action.skip_batches <= whole:
+        return None
+    return (
+        f"to skip {action.skip_batches} micro-batches is more than the whole run reads on a rank: {total_steps} steps "
+        f"of {a_step}, which is {whole}"
+    )
+
+
 def carrier_of(action: Act) -> Carrier:
     """Who carries an action out."""
     return "agents" if isinstance(action, Abort) and action.now else spec_of(action).by

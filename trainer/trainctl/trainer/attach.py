@@ -45,9 +45,10 @@ from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
 from trainctl.trainer.preemption import Preemption, Signalled
 from trainctl.trainer.reach import Reach
+from trainctl.trainer.saves_first import SavesFirst
 from trainctl.trainer.sender import Sender
 from trainctl.trainer.tunables import Tunables
-from trainctl.wire.commands import CheckpointSave, Command, Rollback, SetTunable, option_off, spec_of
+from trainctl.wire.commands import Command, Rollback, SetTunable, option_off, spec_of
 from trainctl.wire.endings import is_ended
 from trainctl.wire.held_states import list_with_memory
 from trainctl.wire.manifest import pick
@@ -290,7 +291,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
             boundary=core.boundary,
             connection=connections.leading,
             prepare=lambda command: prepare(core, command),
-            later=lambda command: waits_for_a_save(core, command),
+            later=SavesFirst(core),
             ending=lambda: core.ending is not None and not core.boundary.closed,
             tell=core.event,
             incarnation=lambda: core.incarnation,
@@ -389,12 +390,6 @@ def prepare(core: Core, command: Command) -> Prepared | str:
     except OSError as error:
         return f"no new incarnation can be recorded: {error.strerror or error}"
     return Prepared(two_phase=in_two_phases(command), checkpoint=target.id, incarnation=incarnation)
-
-
-def waits_for_a_save(core: Core, command: Command) -> bool:
-    """Whether a command is better proposed later: a save now would hold training up until an older one is written."""
-    saves = isinstance(command.action, CheckpointSave) and core.checkpointer is not None and core.checkpointer.full
-    return saves and not core.boundary.closed and core.ending is None
 
 
 def run_info(script: Script, core: Core) -> RunInfo:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from trainctl.trainer.core import Core
-from trainctl.wire.commands import Rollback
+from trainctl.wire.commands import Rollback, too_many_to_skip
 
 LOOK_S = 1.0
 TELL_S = 10.0
@@ -24,13 +24,7 @@ def cannot_be_meant(core: Core, action: Rollback) -> str | None:
         return None
     newest = core.ranges.newest()
     a_step = newest[1] - newest[0] + 1 if newest is not None else 1
-    whole = core.total_steps * a_step
-    if action.skip_batches <= whole:
-        return None
-    return (
-        f"to skip {action.skip_batches} micro-batches is more than the whole run reads on a rank: {core.total_steps} "
-        f"steps of {a_step}, which is {whole}"
-    )
+    return too_many_to_skip(action, core.total_steps, a_step)
 
 
 class Reading:

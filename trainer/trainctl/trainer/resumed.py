@@ -45,19 +45,24 @@ class Resumed:
             self.tell(f"tracked.{name} is not in the checkpoint and stays as it is")
         self._loaded.restore_rng()  # taking a state may draw
 
-    def begin(self) -> None:
-        """The loop begins. The data are opened anew where the loader may read what was tracked (a curriculum)."""
+    def begin(self, *, drawn: bool = False) -> None:
+        """The loop begins. The data are opened anew where the loader may read what was tracked (a curriculum).
+
+        The random state is the checkpoint's then, whatever the script seeded or drew meanwhile; unless a step has
+        `drawn` from it already, which would draw the same numbers twice.
+        """
         checkpointer, feed = self._core.checkpointer, self._core.feed
         assert checkpointer is not None
         tracked = {f"tracked.{name}" for name in checkpointer.state.tracked}
         for name in self._loaded.later.keys() - tracked:
             self.tell(left_out(name))
-        if not self._restored or feed is None or (place := self._loaded.value("loader")) is None:
-            return
-        drawn = capture_rng()
-        feed.load_state_dict(place)
-        open_data(feed, self._loaded, skip=self._skip)
-        restore_rng(drawn)
+        own = capture_rng()
+        if self._restored and feed is not None and (place := self._loaded.value("loader")) is not None:
+            feed.load_state_dict(place)
+            open_data(feed, self._loaded, skip=self._skip)
+        restore_rng(own)
+        if not drawn:
+            self._loaded.restore_rng()
 
     def tell(self, text: str) -> None:
         """Say to the log and to the operator what is, or is not, as it was."""

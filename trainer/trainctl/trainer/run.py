@@ -367,7 +367,8 @@ class Run:
         if self._parts.place_file is not None:
             with contextlib.suppress(OSError):  # the agent will see that the process is gone
                 self._parts.place_file.unlink(missing_ok=True)
-        if core.boundary.completed == core.first_step and core.publishes and not failed:
+        at_its_end = core.total_steps is not None and core.first_step >= core.total_steps  # where it was resumed
+        if core.boundary.completed == core.first_step and core.publishes and not failed and not at_its_end:
             log.warning(
                 "trainctl: the script never called run.step_done(): of each metric only the last value is kept, and no "
                 "command could take effect. Call it once after each optimizer step"
@@ -418,15 +419,15 @@ class Run:
                 "trainctl: %s is tracked after training began again and is not restored: track it before the loop", name
             )
 
-    def _begin(self) -> None:
-        """The loop begins: what was resumed from is of no more use."""
+    def _begin(self, *, drawn: bool = False) -> None:
+        """The loop begins, or a step of it is `drawn` already: what was resumed from is of no more use."""
         if (resumed := self._core.resumed) is not None:
             self._core.resumed = None
-            resumed.begin()
+            resumed.begin(drawn=drawn)
 
     def _intervals(self, step: int) -> None:
         if self._core.resumed is not None:
-            self._begin()  # in a script that does not take its batches from us
+            self._begin(drawn=True)  # in a script that does not take its batches from us
         every, saves = self._eval_every, self._checkpoint_every
         if every is not None and every.value and step % int(every.value) == 0:
             evaluate(self._core, self._meet_inside)
@@ -435,7 +436,7 @@ class Run:
             self._warm()
         # A stop inside the evaluation has saved this step already, and an abort wants nothing saved.
         if saves is not None and saves.value and step % int(saves.value) == 0 and self._core.ending is None:
-            begin_save(self._core, may_leave_out=True)
+            begin_save(self._core, may_leave_out=step != self._core.total_steps)  # behind the last one nothing waits
 
     def _stop_behind_the_evaluation(self) -> None:
         core, actions = self._core, self._actions

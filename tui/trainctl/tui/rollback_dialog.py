@@ -6,7 +6,7 @@ from textual.widget import Widget
 from textual.widgets import Static
 
 from trainctl.client.errors import ClientError
-from trainctl.client.rollback_plan import LostWork, lost_work
+from trainctl.client.rollback_plan import LostWork, lost_work, why_not
 from trainctl.client.rollback_rate import RateThen, lr_after, rate_then
 from trainctl.client.session import Session
 from trainctl.tui import figures
@@ -15,7 +15,7 @@ from trainctl.tui.dialogs import table_rows
 from trainctl.tui.table import TableView
 from trainctl.tui.tables import checkpoints_table
 from trainctl.tui.theme import Look
-from trainctl.wire.commands import Rollback, check, option_off
+from trainctl.wire.commands import Rollback, check
 from trainctl.wire.manifest import resized_words
 from trainctl.wire.messages import CheckpointInfo
 
@@ -94,8 +94,8 @@ class RollbackDialog(Dialog):
             self.query_one("#plan", Static).update("")
             self.tell(str(error))
             return
-        action, able = self.wish().action, self.model.info.capabilities if self.model.info else {}
-        if (problem := check(action) or option_off(action, able)) is not None:
+        action = self.wish().action
+        if (problem := check(action) or why_not(action, self.model)) is not None:
             self.tell(problem)
         if chosen.id not in self._lost:
             self.run_worker(self._look_up(chosen), group="lost", exclusive=True)

@@ -32,8 +32,8 @@ from trainctl.wire.rundir import RUN_ID
 MEMORY_CHECKPOINTS = 3
 _NOTE = 200
 _LEFT_OUT = (
-    "left out: the one before it is still being written, and there is no further room in host memory to copy this one "
-    "to. Save less often, or give Run.attach a larger memory_budget; training did not wait"
+    "left out: the one before it is still being written, and there is no further buffer in host memory to copy this "
+    "one to. Save less often, or give Run.attach a larger memory_budget; training did not wait"
 )
 
 

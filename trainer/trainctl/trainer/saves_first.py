@@ -1,0 +1,32 @@
+"""Commands that are better proposed once a save that runs is written: till then training goes on, and others pass."""
+
+from trainctl.trainer.core import Core, RunningSave
+from trainctl.wire.commands import CheckpointSave, Command, Rollback
+
+
+class SavesFirst:
+    """Asked again and again for each command in rank 0's queue, by its leader.
+
+    A save that began now would hold training up where every buffer is still being written. So would a rollback, which
+    every rank prepares once its writes are done: a disk that hangs would hold the run for as long as it does so. One
+    save is waited for, the newest of when the rollback came, because there may always be one where the disk is slower
+    than the interval. One that is queued can be cancelled, expires, and makes way for a stop.
+    """
+
+    def __init__(self, core: Core) -> None:
+        self._core = core
+        self._awaited: dict[str, RunningSave] = {}  # by rollback
+
+    def __call__(self, command: Command) -> bool:
+        core = self._core
+        if core.checkpointer is None or core.boundary.closed or core.ending is not None:
+            return False
+        if isinstance(command.action, CheckpointSave):
+            return core.checkpointer.full
+        if not isinstance(command.action, Rollback) or core.newest_save is None:
+            return False
+        awaited = self._awaited.setdefault(command.id, core.newest_save)
+        if awaited.pending.done():
+            del self._awaited[command.id]
+            return False
+        return True
