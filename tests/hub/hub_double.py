@@ -18,7 +18,7 @@ from trainctl.wire import codec
 from trainctl.wire.cards import read_cards
 from trainctl.wire.commands import Action, Command
 from trainctl.wire.follower import Follower, Item
-from trainctl.wire.keys import user_keys
+from trainctl.wire.keys import KeyPair, user_keys
 from trainctl.wire.messages import (
     Card,
     Column,
@@ -238,12 +238,12 @@ def rank_linked(run_dir: Path, **more: object) -> Iterator[Rank]:
 
 
 @contextlib.asynccontextmanager
-async def peer_of(card: Card, *, timeout_s: float = 10.0) -> AsyncIterator[Peer]:
-    """A client, as soon as the hub answers."""
+async def peer_of(card: Card, *, timeout_s: float = 10.0, keys: KeyPair | None = None) -> AsyncIterator[Peer]:
+    """A client of this user, or of whoever has `keys`, as soon as the hub answers."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            peer = await Peer.connect(card.addresses[:1], card.server_key, user_keys(), timeout_s=1.0)
+            peer = await Peer.connect(card.addresses[:1], card.server_key, keys or user_keys(), timeout_s=1.0)
             break
         except PeerError:
             assert time.monotonic() < deadline, "the hub does not answer"

@@ -28,6 +28,7 @@ from trainctl.wire.commands import (
     SetTunable,
     Stop,
 )
+from trainctl.wire.keys import new_keys
 from trainctl.wire.manifest import Manifest, ManifestFile, hash_file, write_manifest
 from trainctl.wire.messages import (
     Anomaly,
@@ -47,6 +48,7 @@ from trainctl.wire.messages import (
     Verified,
     VerifyRequest,
 )
+from trainctl.wire.paths import config_home
 from trainctl.wire.peer import Peer, Refused
 from waiting import until
 
@@ -327,6 +329,32 @@ def test_a_newer_setting_supersedes_the_one_that_waits_and_nothing_follows_a_sto
                 assert (await first_reply(peer, request(Stop(), "stop"))).state == "accepted"
                 refused = await first_reply(peer, request(Pause(), "too-late"))
                 assert (refused.state, "the run is ending" in str(refused.reason)) == ("conflict", True)
+
+    asyncio.run(scenario())
+
+
+def test_of_two_operators_who_change_the_same_at_once_one_wins_and_the_other_sees_who_and_what(tmp_path: Path) -> None:
+    jo = new_keys()
+    config_home().mkdir(mode=0o700, exist_ok=True)
+    (config_home() / "grants.json").write_text(json.dumps([{"name": "jo", "key": jo.public, "role": "operator"}]))
+
+    async def scenario() -> None:
+        with hub_running(tmp_path / "run") as hub, rank_linked(tmp_path / "run") as rank:
+            rank.step(5)
+            async with peer_of(hub.card()) as mine, peer_of(hub.card(), keys=jo) as theirs:
+                won = await first_reply(theirs, request(LrScale(factor=0.5), "jos"))
+                lost = await first_reply(mine, request(LrSet(value=1e-4), "mine"))
+                assert (won.state, lost.state) == ("accepted", "conflict")
+                assert str(lost.reason).startswith("jo's lr scale (jos) is accepted and changes the same")
+                other = await first_reply(mine, request(SetTunable(name="clip", value=2.0), "other"))
+                assert other.state == "accepted", "what they do not both change"
+                given = await heard_by(rank, LinkCommand)
+                assert isinstance(given, LinkCommand)
+                assert (given.command.id, given.actor) == ("jos", "jo")
+                rank.answer(given, "applied")
+                await snapshot_when(mine, lambda now: [u for u in updates_in(now) if u.state == "applied"])
+                assert (await first_reply(mine, request(LrSet(value=1e-4), "again"))).state == "accepted"
+        assert audited(tmp_path / "run")[:2] == [("jos", "accepted"), ("mine", "conflict")]
 
     asyncio.run(scenario())
 
