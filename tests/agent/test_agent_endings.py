@@ -7,9 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from agent_process import Agent, Rank, agent, ranks
 
+from trainctl.agent.departed import REMEMBERED, Departed
 from trainctl.agent.endings import NotOurs, open_rank
 from trainctl.wire.commands import Abort, Act, Command, EndRanks, Stop
 from trainctl.wire.keys import new_keys, source_keys
@@ -106,6 +108,43 @@ def test_a_rank_that_is_gone_needs_no_signal(tmp_path: Path) -> None:
         assert open_rank(rank.place) is None
         with agent(tmp_path, *QUICK) as running:
             assert end(running) == {0: EndedRank(rank=0, pid=rank.place.pid, how="gone")}
+
+
+def test_a_rank_that_left_before_the_agent_was_asked_is_not_unknown(tmp_path: Path) -> None:
+    """As one does that was in a collective with ranks of another node, where torchrun was quicker than the agents."""
+    with ranks(3) as (gone, leaving, stays), agent(tmp_path, *QUICK) as running:
+        running.reads(lambda reading: len(reading.processes) == 3)
+        gone.end_well()
+        leaving.file.unlink()
+        running.reads(lambda reading: len(reading.processes) == 1)
+        assert end(running, attempt=2) == {}
+        ended = {rank: found.how for rank, found in end(running).items()}
+        assert ended == {0: "gone", 1: "SIGTERM", 2: "SIGTERM"}
+        assert [rank.process.wait(5) for rank in (leaving, stays)] == [-signal.SIGTERM, -signal.SIGTERM]
+
+
+@pytest.mark.parametrize(("run", "attempt"), [("second-run", 1), ("first-run", 2)], ids=["run", "attempt"])
+def test_a_process_that_is_done_with_a_run_is_a_rank_of_the_next(tmp_path: Path, run: str, attempt: int) -> None:
+    rank = Rank(job="first-run", environment={"SLURM_JOB_ID": "4711"})
+    try:
+        with agent(tmp_path, *QUICK, job="4711") as running:
+            running.reads(lambda reading: reading.processes)
+            rank.file.unlink()
+            rank.file = write_place(msgspec.structs.replace(rank.place, run_id=run, attempt=attempt))
+            assert end(running, run="first-run") == {}, "it is no rank of that any more"
+            running.reads(lambda reading: [process.run_id for process in reading.processes] == [run])
+            assert rank.process.poll() is None
+            assert end(running, run=run, attempt=attempt)[0].how == "SIGTERM"
+    finally:
+        rank.end_well()
+
+
+def test_the_newest_that_left_are_remembered() -> None:
+    left = [place_of(os.getpid(), run=f"run-{number}", started=1.0) for number in range(REMEMBERED + 1)]
+    departed = Departed()
+    for place in (*left, left[1]):
+        departed.add(place)
+    assert [len(departed.of(place.run_id, 1)) for place in left] == [0] + REMEMBERED * [1]
 
 
 @pytest.mark.parametrize("action", [Abort(now=True), Stop()])

@@ -29,7 +29,7 @@ from trainctl.wire.launcher import (
 )
 from trainctl.wire.messages import CommandReply, CommandUpdate, LinkAgents, Note, RankPlace, SourceAddress
 from trainctl.wire.peer import Peer
-from trainctl.wire.places import Place, process_started, write_place
+from trainctl.wire.places import Place, place_file, process_started, read_places, write_place
 from waiting import until
 
 
@@ -145,6 +145,25 @@ def test_a_rank_that_the_agent_does_not_know_is_left_alone_and_named(
             assert ranks[1].poll() is None
 
     with two_ranks(monkeypatch, known=1) as ranks, node_agent() as agent:
+        asyncio.run(scenario(agent, ranks))
+
+
+def test_a_rank_that_left_by_itself_before_the_agent_was_asked_is_ended_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two `trainctl run` one ends its ranks first, and a collective with them fails on the other's."""
+
+    async def scenario(agent: SourceAddress, ranks: list[subprocess.Popen[bytes]]) -> None:
+        async with hub_with(tmp_path, agent) as peer:
+            await snapshot_when(peer, lambda found: len(found.nodes[0].processes) == 2)
+            (goodbye,) = (place_file(place) for place in read_places() if place.rank == 1)
+            goodbye.unlink()
+            ranks[1].kill()
+            ranks[1].wait(10)
+            update = await outcome(peer, Abort(now=True))
+            assert (update.state, update.ranks, update.after) == ("applied", 2, f"2 ranks on {agent.node}")
+
+    with two_ranks(monkeypatch) as ranks, node_agent() as agent:
         asyncio.run(scenario(agent, ranks))
 
 

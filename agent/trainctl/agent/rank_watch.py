@@ -1,7 +1,8 @@
 """The ranks on this machine: a pidfd for each, so that a death is known at once and a recycled pid deceives nobody.
 
 A rank that ends well takes its place file away; a process that is gone while its file stands has died. The file of a
-dead rank stays for a minute, in which the death is in every reading, and is then removed.
+dead rank stays for a minute, in which the death is in every reading, and is then removed. Both are remembered for a hub
+that ends their attempt.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from trainctl.agent.departed import Departed
 from trainctl.agent.options import JOB_VARIABLES
 from trainctl.wire.messages import ProcessReading
 from trainctl.wire.places import Place, place_file, process_started, read_places
@@ -39,8 +41,10 @@ class RankWatch:
     def __init__(self, belongs: Callable[[Place], bool], on_death: Callable[[], None]) -> None:
         self._belongs = belongs
         self._on_death = on_death
-        self._watched: dict[tuple[int, float], _Watched] = {}
-        self._foreign: set[tuple[int, float]] = set()
+        # By place and not by process: a script may close one run and attach the next.
+        self._watched: dict[Place, _Watched] = {}
+        self._foreign: set[Place] = set()
+        self._departed = Departed()
 
     @property
     def alive(self) -> int:
@@ -52,68 +56,68 @@ class RankWatch:
         return [watched.reading for watched in self._watched.values()]
 
     def places(self, run_id: str, attempt: int) -> list[Place]:
-        """The ranks of one attempt on this machine, those that died among them."""
-        places = (watched.place for watched in self._watched.values())
-        return [place for place in places if (place.run_id, place.attempt) == (run_id, attempt)]
+        """The ranks of one attempt on this machine, those that died or left among them."""
+        here = [place for place in self._watched if (place.run_id, place.attempt) == (run_id, attempt)]
+        return here + self._departed.of(run_id, attempt)
 
     def scan(self) -> None:
         """Look for places that came or went and measure the living. Raises OSError (`UnsafePath`)."""
         now = time.monotonic()
-        places = {(place.pid, place.started): place for place in read_places()}
-        self._foreign &= places.keys()
-        for key in self._watched.keys() - places.keys():
-            self._forget(key)
-        for key in places.keys() - self._watched.keys() - self._foreign:
-            if self._belongs(places[key]):
-                self._begin(key, places[key])
+        places = set(read_places())
+        self._foreign &= places
+        for place in self._watched.keys() - places:
+            self._forget(place)
+        self._departed.see(places)
+        for place in places - self._watched.keys() - self._foreign:
+            if self._belongs(place):
+                self._begin(place)
             else:
-                self._foreign.add(key)
-        for key, watched in list(self._watched.items()):
+                self._foreign.add(place)
+        for place, watched in list(self._watched.items()):
             if watched.died_at is None:
-                self._measure(key, watched, now)
+                self._measure(watched, now)
             elif now - watched.died_at >= REPORTED_FOR_S:
-                self._bury(key)
+                self._bury(place)
 
     def close(self, *, bury: bool) -> None:
         """Stop watching; with `bury`, remove the files of the dead, which have been reported."""
-        for key, watched in list(self._watched.items()):
+        for place, watched in list(self._watched.items()):
             if bury and watched.died_at is not None:
-                self._bury(key)
+                self._bury(place)
             else:
-                self._forget(key)
+                self._forget(place)
 
-    def _begin(self, key: tuple[int, float], place: Place) -> None:
+    def _begin(self, place: Place) -> None:
         alive = ProcessReading(pid=place.pid, rank=place.rank, run_id=place.run_id, alive=True)
-        watched = self._watched[key] = _Watched(place=place, reading=alive)
+        watched = self._watched[place] = _Watched(place=place, reading=alive)
         try:
             watched.pidfd = os.pidfd_open(place.pid)
         except ProcessLookupError:
-            self._died(key)
+            self._died(place)
             return
         except OSError:
             pass  # a kernel or sandbox without pidfds: `_measure` looks at each tick instead
         if not _is_the_same_process(place):  # asked after the pidfd was opened: from now on the pid cannot change hands
-            self._died(key)
+            self._died(place)
         elif watched.pidfd is not None:
-            asyncio.get_running_loop().add_reader(watched.pidfd, self._died, key)
+            asyncio.get_running_loop().add_reader(watched.pidfd, self._died, place)
 
-    def _died(self, key: tuple[int, float]) -> None:
-        watched = self._watched[key]
-        self._release(watched)
-        if not place_file(watched.place).exists():
-            del self._watched[key]  # it said goodbye
+    def _died(self, place: Place) -> None:
+        watched = self._watched[place]
+        if not place_file(place).exists():
+            self._forget(place)  # it said goodbye
             return
-        place = watched.place
+        self._release(watched)
         watched.died_at = time.monotonic()
         watched.reading = ProcessReading(
             pid=place.pid, rank=place.rank, run_id=place.run_id, alive=False, ended=how_it_ended(place)
         )
         self._on_death()
 
-    def _measure(self, key: tuple[int, float], watched: _Watched, now: float) -> None:
+    def _measure(self, watched: _Watched, now: float) -> None:
         place = watched.place
         if watched.pidfd is None and not _is_the_same_process(place):
-            self._died(key)
+            self._died(place)
             return
         try:
             cpu_s, memory_bytes = process_usage(place.pid)
@@ -127,12 +131,13 @@ class RankWatch:
             pid=place.pid, rank=place.rank, run_id=place.run_id, alive=True, cpu=cpu, memory_bytes=memory_bytes
         )
 
-    def _bury(self, key: tuple[int, float]) -> None:
-        place_file(self._watched[key].place).unlink(missing_ok=True)
-        self._forget(key)
+    def _bury(self, place: Place) -> None:
+        place_file(place).unlink(missing_ok=True)
+        self._forget(place)
 
-    def _forget(self, key: tuple[int, float]) -> None:
-        self._release(self._watched.pop(key))
+    def _forget(self, place: Place) -> None:
+        self._release(self._watched.pop(place))
+        self._departed.add(place)
 
     def _release(self, watched: _Watched) -> None:
         if watched.pidfd is not None:
