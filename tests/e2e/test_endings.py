@@ -64,6 +64,22 @@ def test_a_paused_run_is_ended_by_its_operator_and_not_taken_for_one_whose_machi
         assert "preemption" not in trainctl("audit", *running.run).stdout
 
 
+@pytest.mark.parametrize("code", ["0", "1"])
+@pytest.mark.parametrize(("words", "state"), [(("abort", "--now"), "stopped"), (("restart",), "running")])
+def test_ranks_that_end_themselves_when_they_are_told_to_are_counted_and_ended_as_was_wanted(
+    words: tuple[str, ...], state: str, code: str, tmp_path: Path
+) -> None:
+    with launched(tmp_path, script=("--term", code)) as running:
+        running.until_step(6)
+        running.until_agent()
+        done = trainctl_json(*words, "--yes", *running.run)
+        assert (done["state"], done["ranks"]) == ("applied", 2), done
+        status = until(lambda: (found := running.status())["state"] == state and found, 60, what=state)
+        assert status["attempt"] == (1 if state == "stopped" else 2)
+        told = [found for found, _ in states(running.run)]
+        assert not {"finished", "failed", "lost"} & set(told), told
+
+
 def test_an_abort_that_comes_to_no_boundary_stands_in_nobodys_way(tmp_path: Path) -> None:
     with launched(tmp_path) as running:
         running.until_step(6)

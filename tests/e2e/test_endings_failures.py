@@ -79,6 +79,16 @@ def test_a_killed_rank_is_named_at_once_and_torchruns_restart_is_the_same_run(tm
         until(lambda: [rank["state"] for rank in ranks(running)] == ["running", "running"], 20)
 
 
+def test_a_rank_that_raises_is_named_and_not_only_the_ones_that_lose_it(tmp_path: Path) -> None:
+    with job("collectives.py", 2, tmp_path / "out") as running:
+        running.until_step(12)
+        watched(running)
+        (tmp_path / "out" / "raise").touch()
+        event = told(running, 1, "dead")
+        assert "exited with 1" in event["text"]
+        assert running.wait(60) != 0
+
+
 def test_a_stopped_rank_is_named_with_its_step_and_phase_and_so_is_the_one_that_waits_for_it(tmp_path: Path) -> None:
     with job("collectives.py", 2, tmp_path / "out") as running:
         running.until_step(12)

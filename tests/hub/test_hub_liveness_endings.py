@@ -107,11 +107,19 @@ def test_every_rank_is_ended_and_the_run_is_stopped_by_who_asked(
         asyncio.run(scenario(agent, ranks))
 
 
-@pytest.mark.parametrize(("last", "state"), [("preempted", "stopped"), ("failed", "stopped"), ("finished", "finished")])
+@pytest.mark.parametrize(
+    ("last", "at", "state"),
+    [
+        ("preempted", 7, "stopped"),
+        ("failed", 7, "stopped"),
+        ("finished", 7, "stopped"),
+        ("finished", 500, "finished"),
+    ],
+)
 def test_the_last_word_of_a_rank_0_that_knows_of_no_operator_does_not_count(
-    last: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    last: str, at: int, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A paused rank takes SIGTERM for the machine's end, and a script's own handler may raise."""
+    """A paused rank takes SIGTERM for the machine's end, and a script's own handler may raise, or exit with 0."""
     run_dir = tmp_path / "run"
 
     async def scenario(agent: SourceAddress) -> None:
@@ -123,8 +131,8 @@ def test_the_last_word_of_a_rank_0_that_knows_of_no_operator_does_not_count(
                 assert not is_ended(run_dir, 1)
                 update = await outcome(peer, Abort(now=True))
                 assert (update.state, is_ended(run_dir, 1)) == ("applied", True)
-                rank.bye(last, 7)
-                rank.record(Note(time=0.0, step=7, incarnation=1, actor="", text="behind the last word"))
+                rank.bye(last, at)
+                rank.record(Note(time=0.0, step=at, incarnation=1, actor="", text="behind the last word"))
                 await heard.until(lambda item: isinstance(getattr(item, "body", None), Note))
                 assert (await snapshot(peer)).state.state == state
 

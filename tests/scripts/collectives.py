@@ -1,8 +1,11 @@
 """Ranks that meet in a collective each step. Told to, one of them goes into a collective that the others leave out.
 
 usage: collectives.py OUTPUT [--steps N] [--sleep S] [--checkpoint-every N] [--eval-every N] [--batches N]
-           [--exit-75]
+           [--exit-75] [--term CODE]
 
+--term CODE: SIGTERM ends a rank by sys.exit(CODE), as scripts do that clean up.
+
+OUTPUT/raise: once it is there, rank 1 raises.
 OUTPUT/alone: once it is there, rank 1 waits for the others in vain.
 OUTPUT/left-behind: the same, behind the optimizer's step, so that the others complete theirs.
 OUTPUT/alone-in-batch: the same in the fifth of the `--batches` of an evaluation, which has a collective in each.
@@ -13,6 +16,7 @@ import argparse
 import datetime as dt
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -33,7 +37,10 @@ def main() -> None:
     parser.add_argument("--eval-every", type=int, default=0)
     parser.add_argument("--batches", type=int, default=0, help="of an evaluation")
     parser.add_argument("--exit-75", action="store_true", help="ask to be requeued, where no `trainctl run` does")
+    parser.add_argument("--term", type=int)
     given = parser.parse_args()
+    if given.term is not None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(given.term))
     # Long, so that whatever is noticed is noticed before it.
     dist.init_process_group("gloo", timeout=dt.timedelta(minutes=30))
     rank = dist.get_rank()
@@ -67,6 +74,8 @@ def main() -> None:
         while run.step < given.steps and not run.stopping:
             with run.phase("forward"):
                 loss = model(torch.randn(4, 8)).pow(2).mean()
+            if rank == 1 and (given.output / "raise").exists():
+                raise RuntimeError("a sample cannot be read")
             if rank == 1 and (given.output / "alone").exists():
                 with run.phase("communication"):
                     dist.all_reduce(torch.zeros(1), group=apart)

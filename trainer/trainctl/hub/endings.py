@@ -241,9 +241,14 @@ class Endings:
         return told.reason
 
     def overrules(self, bye: LinkBye, attempt: int) -> Ending | None:
-        """The ending that a rank 0 in its way out does not know of: it took the SIGTERM for the machine's, or for an
-        error. What was finished or stopped before is that."""
-        return self.of(attempt) if bye.state in {"preempted", "failed"} else None
+        """The ending that a rank 0 in its way out does not know of, or None.
+
+        It took the SIGTERM for the machine's, for an error, or, where its script's handler exits with 0, for a good
+        end. What had made its last step, or was stopped at a boundary, is that.
+        """
+        total = self._board.info.total_steps
+        to_its_end = bye.state == "finished" and total is not None and bye.step >= total
+        return None if to_its_end or bye.state == "stopped" else self.of(attempt)
 
     def become(self, ending: Ending) -> None:
         """Put the run into the state that an ending leads to."""

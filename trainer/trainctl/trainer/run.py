@@ -364,7 +364,7 @@ class Run:
             reason = farewell(core)
             self._parts.preemption.left(reason)
         self._parts.sender.finish(LinkBye(state=state, step=core.boundary.completed, reason=reason))
-        if self._parts.place_file is not None:
+        if self._parts.place_file is not None and failed is None:  # else the agent names the rank, once it is gone
             with contextlib.suppress(OSError):  # the agent will see that the process is gone
                 self._parts.place_file.unlink(missing_ok=True)
         at_its_end = core.total_steps is not None and core.first_step >= core.total_steps  # where it was resumed
