@@ -355,7 +355,7 @@ class Scene:
                 *(event.text for event in self.job.ranks[0].core.events if isinstance(event, Note)),
             ],
         )
-        found = [*problems(history), *self._hangs(), *self._endless, *self.world.errors]
+        found = [*problems(history), *self._hangs(), *self._endless, *self.job.store.missed, *self.world.errors]
         states: dict[str, int] = {}
         for state in outcomes.values():
             states[state] = states.get(state, 0) + 1

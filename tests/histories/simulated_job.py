@@ -47,6 +47,8 @@ class SimulatedStore:
         self.refused_until: dict[int, float] = {}
         self.dead = False
         self.trap: Trap | None = None
+        self.taken_away: set[str] = set()
+        self.missed: list[str] = []  # what was asked of a key that was taken away before
 
     def reaches(self, rank: int) -> bool:
         return self.cut_until.get(rank, 0.0) <= self.world.now
@@ -67,22 +69,43 @@ class StoreView:
         self._call("set", key, lambda: self._store.values.__setitem__(key, bytes(value)))
 
     def get(self, key: str) -> bytes:
-        found: bytes = self._call("get", key, lambda: self._store.values[key])
+        found: bytes = self._call("get", key, lambda: self._read(key))
         return found
 
     def multi_get(self, keys: Sequence[str]) -> list[bytes]:
-        found: list[bytes] = self._call("get", keys[0], lambda: [self._store.values[key] for key in keys])
+        found: list[bytes] = self._call("get", keys[0], lambda: [self._read(key) for key in keys])
         return found
 
     def compare_set(self, key: str, expected: str, value: bytes) -> bytes:
-        found: bytes = self._call("decide", key, lambda: self._store.values.setdefault(key, bytes(value)))
+        found: bytes = self._call("decide", key, lambda: self._decide(key, bytes(value)))
         return found
 
     def check(self, keys: Sequence[str]) -> bool:
         return bool(self._call("check", keys[0], lambda: all(key in self._store.values for key in keys)))
 
+    def delete_key(self, key: str) -> bool:
+        return bool(self._call("delete", key, lambda: self._take_away(key)))
+
+    def _read(self, key: str) -> bytes:
+        """A store lets whoever reads a key that is not there wait for it; in here that is what must not happen."""
+        if key not in self._store.values:
+            self._store.missed.append(f"rank {self._rank} reads {key}, which is not there")
+        return self._store.values.get(key, b"")
+
+    def _decide(self, key: str, value: bytes) -> bytes:
+        if key in self._store.taken_away:
+            self._store.missed.append(f"rank {self._rank} decides {key} once more, after it was taken away")
+        return self._store.values.setdefault(key, value)
+
+    def _take_away(self, key: str) -> bool:
+        self._store.taken_away.add(key)
+        return self._store.values.pop(key, None) is not None
+
     def wait(self, keys: Sequence[str], timeout: Any) -> None:
         store = self._store
+
+        if gone := store.taken_away.intersection(keys):
+            store.missed.append(f"rank {self._rank} waits for {gone}, which are taken away")
 
         def there() -> bool:
             return (

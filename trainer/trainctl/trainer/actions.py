@@ -160,7 +160,7 @@ class Actions:
         # A paused run evaluates when asked to, and stays where it is held; inside it may be paused once more.
         hold, core.hold = core.hold, None
         self._held_at = boundary.held_at
-        survey = self._evaluated = survey_of(core, self._control, proposal)
+        survey = self._evaluated = survey_of(core, self._control, proposal, self._evaluated)
         complete = False
         try:
             with put_back(core.models):

@@ -29,6 +29,7 @@ from trainctl.trainer.boundary import Armed, Boundary
 from trainctl.trainer.gathering import GATHER_S, GATHER_STEPS, Gathering, call_off, in_shadow, watch
 from trainctl.trainer.meeting import Connection, StoreCut, StoreSilent
 from trainctl.trainer.protocol import RankEvent
+from trainctl.trainer.spent import Spent, of_rank
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -72,6 +73,7 @@ class Control(threading.Thread):
         self._talk_lock = threading.Lock()
         self._refusal = refusal
         self._number = 1
+        self._spent = Spent()
         boundary.withdraw = self._withdraw
         self._leaving = threading.Event()
         self._failed: str | None = None
@@ -101,6 +103,11 @@ class Control(threading.Thread):
         with self._talk_lock:
             return self._talking.get_all(keys)
 
+    def delete(self, keys: Sequence[str]) -> None:
+        for key in keys:  # there may be hundreds: others may talk in between
+            with self._talk_lock:
+                self._talking.delete([key])
+
     def run(self) -> None:
         armed: Armed | None = None
         try:
@@ -114,6 +121,7 @@ class Control(threading.Thread):
                     armed = Armed(proposal)
                     self._follow(armed)
                     armed = None
+                    self._clear_away()
                 self._number += 1
         except StoreSilent as error:
             self._failed = "the job's store does not answer"
@@ -135,13 +143,13 @@ class Control(threading.Thread):
         self._leaving.set()
         deadline = time.monotonic() + timeout_s
         while self.is_alive() and (left_s := deadline - time.monotonic()) > 0:
-            number = self._number
-            if not self._comes_back(lambda number=number: self._say_goodbye(number), left_s):  # type: ignore[misc]
+            if not self._comes_back(self._say_goodbye, left_s):
                 return
             self.join(0.1)
 
-    def _say_goodbye(self, number: int) -> None:
+    def _say_goodbye(self) -> None:
         with self._talk_lock:
+            number = self._number
             self._talking.decide(f"p/{number}", encode(goodbye(number, self._rank)))
 
     def _follow(self, armed: Armed) -> None:
@@ -169,6 +177,14 @@ class Control(threading.Thread):
         self._until_met(armed, armed.applied)
         assert armed.outcome is not None
         self._owe(f"r/{number}/{self._rank}", encode(armed.outcome))
+
+    def _clear_away(self) -> None:
+        """Rank 0 proposed what was just followed, so it has read all that this rank wrote about those before."""
+        self._spent.past(self._number - 1)
+        with contextlib.suppress(StoreSilent):  # then with the next one
+            for number in self._spent.due():
+                self.delete(of_rank(number, self._rank))
+                self._spent.gone(number)
 
     def _hear(self, key: str) -> bytes | None:
         """Wait for a key as long as it takes, over a new connection where the old one is cut."""
@@ -305,13 +321,24 @@ class Control(threading.Thread):
     def _force(self, armed: Armed) -> None:
         """Write ABORT unless it was decided; either way the decision is known then."""
         with self._talk_lock:
+            if self._is_past(armed):
+                return
             held = self._talking.decide(f"d/{armed.proposal.number}", ABORT)
         armed.decide(held or ABORT)
 
     def _force_cancel(self, armed: Armed) -> None:
         with self._talk_lock:
+            if self._is_past(armed):
+                return
             held = self._talking.decide(f"c/{armed.proposal.number}", CANCEL)
         armed.judge(held or CANCEL)
+
+    def _is_past(self, armed: Armed) -> bool:
+        """Whether the control thread has followed it to its end; for who holds the lock under which it answers.
+
+        Rank 0 takes away what was decided only after that answer: to decide it once more would be another decision.
+        """
+        return armed.proposal.number < self._number
 
     def _look(self, armed: Armed) -> bytes | None:
         """The newest sign that rank 0 waits for what is staged."""
@@ -325,7 +352,10 @@ class Control(threading.Thread):
             self._comes_back(lambda: self._call_off(armed), _WITHDRAW_S)
 
     def _call_off(self, armed: Armed) -> None:
-        call_off(self, armed.proposal.number)
+        with self._talk_lock:
+            if self._is_past(armed):
+                return
+            call_off(self._talking, armed.proposal.number)
         if armed.decision is None:
             self._force(armed)
 

@@ -10,6 +10,7 @@ and a rank whose own raised waits for that: in a collective that others still wa
 Collectives are counted in the script's default group; of those in groups of its own nothing is known.
 """
 
+import contextlib
 import logging
 import threading
 import time
@@ -54,11 +55,14 @@ class Talk(Protocol):
 
     def get_all(self, keys: Sequence[str]) -> list[bytes | None]: ...
 
+    def delete(self, keys: Sequence[str]) -> None: ...
+
 
 class Evaluated:
     """One rank's side of it, for the evaluation of proposal `number`. In a thread, for a store may block.
 
     `tell` is called with everybody's reports on rank 0. `over` is set when nothing more is to be learnt here.
+    `before`: the evaluation that was asked for before this one, whose keys rank 0 takes away behind this one.
     """
 
     def __init__(
@@ -70,6 +74,7 @@ class Evaluated:
         ranks: int,
         tell: Callable[[Sequence[Report]], None],
         collectives: Callable[[], int | None] | None = None,
+        before: "Evaluated | None" = None,
     ) -> None:
         self._thread = threading.Thread(target=self._run, name="trainctl-evaluated", daemon=True)
         self._talk = talk
@@ -77,6 +82,7 @@ class Evaluated:
         self._all = [f"e/{number}/{other}" for other in range(ranks)]
         self._raised = f"x/{number}"
         self._leads = rank == 0
+        self._earlier = [*before._earlier, before] if before is not None and self._leads and ranks > 1 else []
         self._tell = tell
         self._count = collectives or collectives_made
         self._began = self._count()
@@ -158,6 +164,15 @@ class Evaluated:
         if self._leads:
             self._tell(reports)
         self.over.set()
+        self._clear_away()
+
+    def _clear_away(self) -> None:
+        """Every rank has reported of this evaluation, so it has left those before, and read what it waited for there."""
+        with contextlib.suppress(StoreSilent):  # then behind the next one
+            for earlier in self._earlier.copy():
+                if earlier.over.is_set():  # else this rank has yet to read of it
+                    self._talk.delete([*earlier._all, earlier._raised])
+                    self._earlier.remove(earlier)
 
     def _hangs(self) -> bool:
         """Whether this rank is in a collective that one whose `on_eval` raised did not come to."""
@@ -243,8 +258,8 @@ def survives(core: Core, survey: Evaluated, error: Exception, meet: Callable[[],
     return in_step(survey.reports)
 
 
-def survey_of(core: Core, talk: Talk, proposal: Proposal) -> Evaluated:
-    """Begin to follow the evaluation of a proposal on this rank."""
+def survey_of(core: Core, talk: Talk, proposal: Proposal, before: Evaluated | None) -> Evaluated:
+    """Begin to follow the evaluation of a proposal on this rank; `before`: the one that was asked for before."""
     step, incarnation, place = core.boundary.completed, core.incarnation, core.place
 
     def tell(reports: Sequence[Report]) -> None:
@@ -252,7 +267,8 @@ def survey_of(core: Core, talk: Talk, proposal: Proposal) -> Evaluated:
         state, by = "applied" if reason is None else "failed", (proposal.command, proposal.actor)
         core.event(update_of(*by, state, step, core.boundary, incarnation, place.world_size, reason=reason))
 
-    survey = Evaluated(talk, number=proposal.number, rank=place.rank, ranks=place.world_size, tell=tell)
+    who = {"rank": place.rank, "ranks": place.world_size}
+    survey = Evaluated(talk, number=proposal.number, **who, tell=tell, before=before)
     survey.start()
     return survey
 

@@ -1,5 +1,6 @@
 """Rank 0's part of the agreement: one command after another, each with one truthful outcome."""
 
+import contextlib
 import logging
 import queue
 import threading
@@ -41,6 +42,7 @@ from trainctl.trainer.meeting import Connection, StoreSilent
 from trainctl.trainer.outcomes import update_of
 from trainctl.trainer.protocol import Lead, LeadEvent, lead_step, leaves_open, may_have_applied
 from trainctl.trainer.reverts import LEAD_LIMIT
+from trainctl.trainer.spent import Spent, of_all
 from trainctl.trainer.superseded import GivingWay
 from trainctl.wire.commands import Abort, Command, Resume, Rollback, Stop, spec_of
 from trainctl.wire.messages import CommandUpdate, LinkCancel, LinkCommand
@@ -114,6 +116,7 @@ class Leader(threading.Thread):
         self._slowest_s = 0.0  # of the last agreements, forgotten little by little
         self._state = Lead.IDLE  # by the table in `protocol`
         self._proposal: Proposal | None = None  # the newest
+        self._spent = Spent()
 
     @property
     def problem(self) -> str | None:
@@ -236,6 +239,14 @@ class Leader(threading.Thread):
             self._say(message.command, message.actor, "failed", reason=f"rank 0: {error}")
         finally:
             self._leading = None
+        self._clear_away()
+
+    def _clear_away(self) -> None:
+        """Take away what no rank asks for any more, once the operator has the outcome."""
+        with contextlib.suppress(StoreSilent):  # then after the next command
+            for number in self._spent.due():
+                self._connection.delete(of_all(number))
+                self._spent.gone(number)
 
     def _on(self, event: LeadEvent) -> None:
         """Go on by the table. While nothing can have been applied the outcome is known; else it is worth patience."""
@@ -363,7 +374,10 @@ class Leader(threading.Thread):
             self._connection.decide(f"d/{number}", ABORT)
             self._on(LeadEvent.NOT_READY)
             return "silent", f"rank {silent[0] if silent else '?'} did not answer within {_ANSWERS_S:.0f} s"
-        answers = [_read_answer(sealed) for sealed in self._connection.get_all(keys)]
+        sealed = self._connection.get_all(keys)
+        if None not in sealed:
+            self._spent.past(number - 1)  # each rank follows this one
+        answers = [_read_answer(given) for given in sealed]
         # The newest counts a quarter, so that one rank with its hands full does not slow a hundred commands.
         took_s = time.perf_counter() - asked
         self._agreement_s += (took_s - self._agreement_s) / 4

@@ -113,6 +113,11 @@ class Connection:
         sealed = self._seal.sign(key, content)
         return self._seal.open(key, self._call(lambda store: store.compare_set(key, "", sealed)))  # type: ignore[arg-type]
 
+    def delete(self, keys: Sequence[str]) -> None:
+        """Take keys away, as far as they exist: who waits for one after that waits in vain (`spent`)."""
+        for key in keys:
+            self._call(lambda store, key=key: store.delete_key(key))  # type: ignore[misc]
+
     def has(self, keys: Sequence[str]) -> bool:
         return bool(self._call(lambda store: store.check(list(keys))))
 
