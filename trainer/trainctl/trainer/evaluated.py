@@ -82,7 +82,9 @@ class Evaluated:
         self._all = [f"e/{number}/{other}" for other in range(ranks)]
         self._raised = f"x/{number}"
         self._leads = rank == 0
-        self._earlier = [*before._earlier, before] if before is not None and self._leads and ranks > 1 else []
+        self._earlier: list[Evaluated] = []
+        if before is not None and self._leads and ranks > 1:
+            self._earlier = [*before._earlier, before]
         self._tell = tell
         self._count = collectives or collectives_made
         self._began = self._count()
@@ -167,7 +169,7 @@ class Evaluated:
         self._clear_away()
 
     def _clear_away(self) -> None:
-        """Every rank has reported of this evaluation, so it has left those before, and read what it waited for there."""
+        """Every rank has reported of this evaluation, so it has left those before, and read what it had to there."""
         with contextlib.suppress(StoreSilent):  # then behind the next one
             for earlier in self._earlier.copy():
                 if earlier.over.is_set():  # else this rank has yet to read of it
@@ -267,8 +269,8 @@ def survey_of(core: Core, talk: Talk, proposal: Proposal, before: Evaluated | No
         state, by = "applied" if reason is None else "failed", (proposal.command, proposal.actor)
         core.event(update_of(*by, state, step, core.boundary, incarnation, place.world_size, reason=reason))
 
-    who = {"rank": place.rank, "ranks": place.world_size}
-    survey = Evaluated(talk, number=proposal.number, **who, tell=tell, before=before)
+    number, rank, ranks = proposal.number, place.rank, place.world_size
+    survey = Evaluated(talk, number=number, rank=rank, ranks=ranks, tell=tell, before=before)
     survey.start()
     return survey
 

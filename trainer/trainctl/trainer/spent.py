@@ -5,7 +5,8 @@ key that is taken away too early is waited for in vain, or, worse, decided a sec
 read a proof that all who may ask for it are past that:
 
     `a h l r`/N/R  only rank 0 reads them, and it is past them when it proposes again: rank R takes away its own once it
-                   has followed a later proposal
+                   has followed a later proposal. (Its training thread may still look for `h` then, where its leader was
+                   cut off: it goes by `m`, which is decided before R is past N.)
     `p d m c v`/N  every rank reads them, and is past them when it answers a later proposal: rank 0 takes them away once
                    each rank has
 
