@@ -8,7 +8,7 @@ import random
 import signal
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 import psutil
@@ -40,6 +40,7 @@ from trainctl.wire.messages import Card, Snapshot
 from waiting import until
 
 ANSWER_S = 30.0
+T = TypeVar("T")
 
 
 class Line:
@@ -106,6 +107,7 @@ class RealOperator:
     def __init__(self, name: str, session: LiveSession) -> None:
         self.name = name
         self.told: list[Told] = []
+        self.heard = asyncio.Event()  # set whenever there is something new
         self._session = session
 
     async def act(self, action: Action, command_id: str, **more: Any) -> str:
@@ -128,6 +130,7 @@ class RealOperator:
                         incarnation=update.incarnation if applied else None,
                     )
                 )
+                self.heard.set()
         except ClientError:
             pass  # no hub at the moment, and nothing was sent
         return state
@@ -195,9 +198,9 @@ class RealScene:
                 raise AssertionError(f"the job ended: {self.story[-5:]}\n{self.job.log()[-4000:]}")
         raise AssertionError("nobody can tell whether the run is paused")
 
-    async def _later(self, work: Awaitable[None]) -> None:
+    async def _later(self, work: Awaitable[T]) -> T:
         await asyncio.sleep(self.dice.uniform(0.0, 0.5))
-        await work
+        return await work
 
     async def _command(self) -> None:
         self._count += 1

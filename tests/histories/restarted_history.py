@@ -7,7 +7,7 @@ import os
 import signal
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from attempts import Begun, Seen
 from real_history import RealScene
@@ -17,6 +17,8 @@ from trainctl.wire.commands import Abort, Restart
 from trainctl.wire.manifest import list_checkpoints
 from trainctl.wire.messages import Snapshot
 from waiting import until
+
+T = TypeVar("T")
 
 PATIENCE_S = 90.0  # torchrun gives the ranks that are left 30 s before it kills them
 
@@ -29,6 +31,7 @@ class RestartedScene(RealScene):
         before = self.newest()
 
         async def kill() -> None:
+            await self._in_the_middle()
             victim = self.dice.choice(self.rank_pids())
             self.story.append(f"kill pid {victim}")
             with contextlib.suppress(ProcessLookupError):
@@ -42,9 +45,10 @@ class RestartedScene(RealScene):
         known = list_checkpoints(self.job.directory / "checkpoints")
         self.checkpoints |= {info.id: info.step for info in known}
         target = self.dice.choice(["last", *(info.id for info in known if info.verified is not False)])
-        await self._amid_commands(self._insist(lambda: Restart(target=target)))
-        audit = [json.loads(line) for line in (self.job.directory / "audit.jsonl").read_text().splitlines()]
-        told = max(line["time"] for line in audit if (line["command"], line["state"]) == ("restart", "applied"))
+        name = await self._amid_commands(self._insist(lambda: Restart(target=target)))
+        told = await asyncio.to_thread(
+            until, lambda: self._applied_at(name), 30, what=f"the audit log's line of {name}"
+        )
         await self._goes_on(lambda: self._everybody(lambda one: one.time > told))
 
     async def aborted(self) -> None:
@@ -62,14 +66,24 @@ class RestartedScene(RealScene):
             await self.dice.choice(self.operators).act(action, name, **more)
         await self.go_on()
 
-    async def _amid_commands(self, end: Awaitable[None], kinds: tuple[str, ...] = ()) -> None:
+    async def _amid_commands(self, end: Awaitable[T], kinds: tuple[str, ...] = ()) -> T:
         works: list[Awaitable[None]] = [self._later(self._command()) for _ in range(self.dice.randint(2, 5))]
         if self.dice.random() < 0.5:
             works.append(self._later(self._fault(kinds)))
-        await asyncio.gather(*works, self._later(end))
+        ended, *_ = await asyncio.gather(self._later(end), *works)
+        return ended
 
-    async def _insist(self, wish: Callable[[], Restart | Abort]) -> None:
-        """Until it is done: what became of one that is unknown, or that clashed with another, nobody can rely on."""
+    async def _in_the_middle(self) -> None:
+        """Often wait for the moment at which a command is under way: it takes milliseconds."""
+        operator, for_s = self.dice.choice(self.operators), self.dice.uniform(0.0, 0.02)
+        if self.dice.random() < 0.7:
+            operator.heard.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(operator.heard.wait(), 1.0)
+            await asyncio.sleep(for_s)
+
+    async def _insist(self, wish: Callable[[], Restart | Abort]) -> str:
+        """Until it is done: nobody can rely on one that is unknown, or that clashed with another. Its id."""
         for _ in range(60):
             self._count += 1
             operator = self.dice.choice(self.operators)
@@ -77,7 +91,7 @@ class RestartedScene(RealScene):
             state = await operator.act(wish(), name)
             self.story.append(f"{operator.name} {name} {wish()}: {state}")
             if state == "applied" or self.job.ended():
-                return
+                return name
             await asyncio.sleep(0.5)  # between two tries of somebody who does not give up
         raise AssertionError(f"it is not done: {self.story[-5:]}")
 
@@ -101,6 +115,11 @@ class RestartedScene(RealScene):
                         if enough(picture):
                             break
                     await asyncio.sleep(0.1)
+
+    def _applied_at(self, name: str) -> float | None:
+        """When the hub said so, on the clock that the ranks write down, too."""
+        audit = [json.loads(line) for line in (self.job.directory / "audit.jsonl").read_text().splitlines()]
+        return next((line["time"] for line in audit if (line["id"], line["state"]) == (name, "applied")), None)
 
     def newest(self) -> int:
         """The newest attempt that a rank began."""
