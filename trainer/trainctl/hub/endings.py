@@ -1,7 +1,7 @@
 """`abort --now` and `restart`: the nodes' agents end the ranks of the present attempt, at no boundary.
 
 Nothing is guessed: a rank counts as ended when the agent of its node says so. What cannot be reached is named, and the
-outcome is *failed*, or *unknown* where the agent was asked and did not answer.
+outcome is *failed*, or *unknown* where the agent was asked and did not answer, or `trainctl run` was told to abort.
 """
 
 import asyncio
