@@ -41,7 +41,10 @@ def trainctl_json(*words: str, timeout_s: float = 60.0) -> Any:
 
 
 class Job:
-    """A torchrun job of `ranks` ranks on one of tests/scripts. Each rank writes `rank-N.jsonl` in `output`."""
+    """A torchrun job of `ranks` ranks on one of tests/scripts. Each rank writes `rank-N.jsonl` in `output`.
+
+    `restarts`: under `trainctl run`, whose torchrun may start the ranks again so often.
+    """
 
     def __init__(
         self,
@@ -51,6 +54,7 @@ class Job:
         arguments: Sequence[str] = (),
         *,
         arguments_before: Sequence[str] = (),
+        restarts: int | None = None,
         **env: str,
     ) -> None:
         output.mkdir(parents=True, exist_ok=True)
@@ -61,6 +65,9 @@ class Job:
         self._log = (output / "torchrun.log").open("w")
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
         command += ["--master-addr", "127.0.0.1", "--master-port", str(free_port())]
+        if restarts is not None:
+            command = [*TRAINCTL, "run", "--dir", str(self.directory), "--nproc-per-node", str(ranks)]
+            command += ["--max-restarts", str(restarts)]
         self.process = subprocess.Popen(
             [*command, str(_SCRIPTS / script), *arguments_before, str(output), *arguments],
             stdout=self._log,

@@ -9,7 +9,13 @@
     audit       nothing is applied that has no line in the log from before, and the chain of the log is whole
     an end      what was accepted has an outcome, unless the history was cut off
     trials      a change on trial is undone on every rank, to what was before it, or kept on every rank: where its
-                condition holds or an operator withdrew its undoing, and somebody was told so (trials.py)
+                condition holds or an operator withdrew its undoing, and somebody was told so; every step is trained
+                with what was applied by then; the next attempt goes on with what operators have set, which is what rank
+                0 had when it told of its last change, or later (trials.py)
+    attempts    agreement is within an attempt, whose ranks died where another one followed; no id is applied in two
+                attempts; all ranks begin one at the same step, where a restart's checkpoint says, and behind no
+                checkpoint that was told; what a restart or an abort has ended is over when that is told; operators see
+                one run, and its attempt never goes back (attempts.py)
 """
 
 import json
@@ -18,6 +24,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from attempts import Begun, Seen, Trained, attempts, attempts_of, ended_at_once
 from trials import trials
 
 from trainctl.store.audit import verify_lines
@@ -37,6 +44,7 @@ class Applied:
     incarnation: int = 1
     after: object = None
     time: float = float("inf")
+    attempt: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,13 +55,16 @@ class Kept:
     step: int
     incarnation: int = 1
     behind: int = 0
+    attempt: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankRecord:
-    """What one rank wrote down while it lived. `left`: its loop was over; `died`: it was killed, or ended itself.
+    """What one rank wrote down, over all attempts, the newest of which it lives in. `left`: its loop was over; `died`:
+    it was killed, or ended itself, as all ranks of the attempts before.
 
-    `values` and `on_trial`: what it had in the end, by name, and the changes still on trial; None where nobody looked.
+    `begun` and `trained`: its attempts and its steps, where it wrote them down. `values` and `on_trial`: what it had in
+    the end, by name, and the changes still on trial; None where nobody looked.
     """
 
     rank: int
@@ -62,11 +73,16 @@ class RankRecord:
     kept: Sequence[Kept] = ()
     values: Mapping[str, object] = field(default_factory=dict)
     on_trial: frozenset[str] | None = None
+    begun: Sequence[Begun] = ()
+    trained: Sequence[Trained] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Told:
-    """What one operator heard of one command. `own` is what its client library concluded without being told."""
+    """What one operator heard of one command. `own` is what its client library concluded without being told.
+
+    `incarnation` with the step of what is applied, None where nobody looked.
+    """
 
     operator: str
     id: str
@@ -74,6 +90,7 @@ class Told:
     step: int | None = None
     after: object = None
     own: bool = False
+    incarnation: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +99,7 @@ class History:
 
     `unaudited` are ids that may have no line: the hub could not write, and the command was one to stop or save.
     `commands` as they were sent, by id; `initial` values by name; `notes` that rank 0 made, None where nobody looked.
+    `seen`: what operators saw of the run, in order; `checkpoints`: the steps of those that a restart was asked for.
     """
 
     ranks: Sequence[RankRecord]
@@ -94,6 +112,8 @@ class History:
     commands: Mapping[str, Command] = field(default_factory=dict)
     initial: Mapping[str, object] = field(default_factory=dict)
     notes: Sequence[str] | None = None
+    seen: Sequence[Seen] = ()
+    checkpoints: Mapping[str, int] = field(default_factory=dict)
 
 
 def problems(history: History) -> list[str]:
@@ -108,6 +128,7 @@ def problems(history: History) -> list[str]:
         _chain,
         _ended,
         trials,
+        attempts,
     ]
     return [f"{rule.__name__.strip('_')}: {problem}" for rule in rules for problem in rule(history)]
 
@@ -130,31 +151,41 @@ def _once(history: History) -> Iterator[str]:
 def _agreement(history: History) -> Iterator[str]:
     # An evaluation that raised on some ranks is one that failed, however it went on the others.
     partly = {name for name in _of_commands(history, {"eval"}) if history.outcomes.get(name) == "failed"}
-    sequences = {
-        record.rank: [applied.id for applied in record.applied if applied.id not in partly] for record in history.ranks
-    }
-    longest_rank, longest = max(sequences.items(), key=lambda item: len(item[1]))
-    for record in history.ranks:
-        own = sequences[record.rank]
-        if own != longest[: len(own)]:
-            yield f"rank {record.rank} applied {own}, rank {longest_rank} {longest}"
-        elif len(own) < len(longest) and record.fate != "died":
-            missed = longest[len(own) :]
-            yield f"rank {record.rank} {record.fate} and did not apply {missed}, which rank {longest_rank} did"
+    numbers = attempts_of(history)
+    for number in numbers:
+        sequences = {
+            record.rank: [one.id for one in record.applied if one.attempt == number and one.id not in partly]
+            for record in history.ranks
+        }
+        fates = {record.rank: record.fate if number == numbers[-1] else "died" for record in history.ranks}
+        yield from _alike(sequences, fates)
     for name, ranks in _by_rank(history).items():
-        for what in ("step", "incarnation", "after"):
+        for what in ("step", "incarnation", "attempt", "after"):
             if len({repr(getattr(applied, what)) for applied in ranks.values()}) > 1:
                 each = {rank: getattr(applied, what) for rank, applied in ranks.items()}
                 yield f"the ranks applied {name} at different {what}: {each}"
 
 
+def _alike(sequences: Mapping[int, list[str]], fates: Mapping[int, str]) -> Iterator[str]:
+    """By rank, what each applied in one attempt: the same, as far as it lived."""
+    longest_rank, longest = max(sequences.items(), key=lambda item: len(item[1]))
+    for rank, own in sequences.items():
+        if own != longest[: len(own)]:
+            yield f"rank {rank} applied {own}, rank {longest_rank} {longest}"
+        elif len(own) < len(longest) and fates[rank] != "died":
+            missed = longest[len(own) :]
+            yield f"rank {rank} {fates[rank]} and did not apply {missed}, which rank {longest_rank} did"
+
+
 def _truth(history: History) -> Iterator[str]:
     everybody = {record.rank for record in history.ranks}
     applied = _by_rank(history)
+    alone = _of_commands(history, _ALONE) | ended_at_once(history)
+    recorded = {(name, state) for name, state in history.outcomes.items() if state == "applied"}
     said = {(told.id, told.state, told.step, repr(told.after)): told for told in history.told if not told.own}
     for told in said.values():
         ranks = applied.get(told.id, {})
-        if told.state == "applied" and not everybody <= ranks.keys() and told.id not in _of_commands(history, _ALONE):
+        if told.state == "applied" and not everybody <= ranks.keys() and told.id not in alone:
             missing = sorted(everybody - ranks.keys())
             yield f"{told.operator} was told that {told.id} is applied; ranks {missing} did not"
         if told.state == "applied" and told.step is not None:
@@ -164,8 +195,17 @@ def _truth(history: History) -> Iterator[str]:
                 for rank, own in ranks.items()
                 if (own.step, repr(own.after)) != (told.step, repr(told.after))
             )
+        if told.state == "applied" and told.incarnation is not None:
+            yield from (
+                f"{told.operator} was told incarnation {told.incarnation} of {told.id}; rank {rank} has "
+                f"{own.incarnation}"
+                for rank, own in ranks.items()
+                if own.incarnation != told.incarnation
+            )
     for name, state in sorted({(told.id, told.state) for told in said.values()} | set(history.outcomes.items())):
         ranks = applied.get(name, {})
+        if (name, state) in recorded and not everybody <= ranks.keys() and name not in alone:
+            yield f"the run's record says that {name} is applied; ranks {sorted(everybody - ranks.keys())} did not"
         if state in UNTOUCHED and ranks:
             yield f"{name} was told to be {state}; ranks {sorted(ranks)} applied it"
         if state == "failed" and ranks.keys() == everybody:

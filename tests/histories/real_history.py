@@ -6,12 +6,13 @@ import json
 import os
 import random
 import signal
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import msgspec
 import psutil
+from attempts import Begun, Seen, Trained, commands_in
 from history import Applied, Fate, History, RankRecord, Told, problems
 
 from jobs import Job
@@ -25,7 +26,6 @@ from trainctl.wire.commands import (
     AddNote,
     Cancel,
     CheckpointSave,
-    Command,
     Evaluate,
     LrRelease,
     LrScale,
@@ -36,10 +36,11 @@ from trainctl.wire.commands import (
     SetTunable,
     Stop,
 )
-from trainctl.wire.messages import Card
+from trainctl.wire.messages import Card, Snapshot
 from waiting import until
 
 ANSWER_S = 30.0
+T = TypeVar("T")
 
 
 class Line:
@@ -106,6 +107,7 @@ class RealOperator:
     def __init__(self, name: str, session: LiveSession) -> None:
         self.name = name
         self.told: list[Told] = []
+        self.heard = asyncio.Event()  # set whenever there is something new
         self._session = session
 
     async def act(self, action: Action, command_id: str, **more: Any) -> str:
@@ -116,13 +118,29 @@ class RealOperator:
                 by_itself = str(update.reason).startswith(("no outcome", "command id"))
                 own = by_itself and update.state in {"unknown", "conflict"}
                 state = update.state
-                step = update.step if state == "applied" else None
+                applied = state == "applied"
                 self.told.append(
-                    Told(operator=self.name, id=update.id, state=state, step=step, after=update.after, own=own)
+                    Told(
+                        operator=self.name,
+                        id=update.id,
+                        state=state,
+                        step=update.step if applied else None,
+                        after=update.after,
+                        own=own,
+                        incarnation=update.incarnation if applied else None,
+                    )
                 )
+                self.heard.set()
         except ClientError:
             pass  # no hub at the moment, and nothing was sent
         return state
+
+    async def look(self) -> Snapshot | None:
+        """What the hub shows of the run, None where there is no hub at the moment."""
+        try:
+            return await self._session.picture()
+        except ClientError:
+            return None
 
 
 class RealScene:
@@ -133,6 +151,9 @@ class RealScene:
         self.dice = random.Random(seed)
         self.operators: list[RealOperator] = []
         self.story: list[str] = []
+        self.sent: dict[str, tuple[Action, dict[str, Any]]] = {}
+        self.seen: list[Seen] = []
+        self.checkpoints: dict[str, int] = {}
         self._sessions: list[LiveSession] = []
         self._line = Line(self._card)
         self._count = 0
@@ -164,6 +185,10 @@ class RealScene:
         if self.dice.random() < 0.7:
             works.append(self._later(self._fault()))
         await asyncio.gather(*works)
+        await self.go_on()
+
+    async def go_on(self) -> None:
+        """Whatever paused the run, it goes on."""
         for _ in range(20):
             self._count += 1
             # Rejected: it is not paused (any more).
@@ -173,9 +198,9 @@ class RealScene:
                 raise AssertionError(f"the job ended: {self.story[-5:]}\n{self.job.log()[-4000:]}")
         raise AssertionError("nobody can tell whether the run is paused")
 
-    async def _later(self, work: Awaitable[None]) -> None:
+    async def _later(self, work: Awaitable[T]) -> T:
         await asyncio.sleep(self.dice.uniform(0.0, 0.5))
-        await work
+        return await work
 
     async def _command(self) -> None:
         self._count += 1
@@ -196,13 +221,15 @@ class RealScene:
         if isinstance(action, SetTunable) and dice.random() < 0.2:
             more["revert_after"] = dice.randint(1, 5)
         several = dice.sample(self.operators, 2 if dice.random() < 0.2 else 1)
+        self.sent[command_id] = (action, more)
         self.story.append(f"{[operator.name for operator in several]} {command_id} {action} {more}")
         await asyncio.gather(*(operator.act(action, command_id, **more) for operator in several))
 
-    async def _fault(self) -> None:
+    async def _fault(self, only: Sequence[str] = ()) -> None:
+        """One of those that there are, or of `only` these."""
         dice = self.dice
         for_s = dice.choice((0.05, 0.3, 1.5))
-        kinds = ["kill the hub", "stop the hub", "stop a rank", "stop a rank", "cut the line"]
+        kinds = list(only or ("kill the hub", "stop the hub", "stop a rank", "stop a rank", "cut the line"))
         store_line = self.job.output / "store-line.pid"
         kind = dice.choice([*kinds, *(["cut rank 1 from the store"] * 5 if store_line.exists() else [])])
         self.story.append(f"{kind} for {for_s} s")
@@ -213,7 +240,7 @@ class RealScene:
         if kind == "cut rank 1 from the store":
             victim = int(store_line.read_text())
         elif kind == "stop a rank":
-            victim = dice.choice(self.rank_pids())
+            victim = dice.choice(self.rank_pids() or [0])
         else:
             victim = card.pid if card is not None else 0
         with contextlib.suppress(ProcessLookupError):
@@ -225,9 +252,14 @@ class RealScene:
                 os.kill(victim, signal.SIGCONT)
 
     def rank_pids(self) -> list[int]:
-        """The ranks' processes: children of torchrun that run the script."""
-        children = psutil.Process(self.job.process.pid).children()
-        return [child.pid for child in children if "steered.py" in " ".join(child.cmdline())]
+        """The ranks' processes: those below the launcher that run the script, and do not start it."""
+        found = []
+        for child in psutil.Process(self.job.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                words = " ".join(child.cmdline())
+                if "steered.py" in words and "torch.distributed.run" not in words:
+                    found.append(child.pid)
+        return found
 
     async def kill_a_rank(self) -> None:
         """Commands under way and one rank gone, of whatever number: torchrun ends the others."""
@@ -255,32 +287,44 @@ class RealScene:
     def judge(self, *, ended: bool, killed: bool = False) -> list[str]:
         """The verdict on everything so far. Only between episodes, when nothing is under way."""
         fate: Fate = "died" if killed else "left" if ended else "lives"
-        ranks = [RankRecord(rank=rank, applied=self._applied(rank), fate=fate) for rank in range(self.job.ranks)]
         lines = (self.job.directory / "audit.jsonl").read_text().splitlines()
         told = [told for operator in self.operators for told in operator.told]
-        history = History(
-            ranks=ranks,
-            told=told,
-            audit=lines,
-            outcomes=_outcomes(lines),
-            reasons={entry["id"]: str(entry.get("reason")) for entry in map(json.loads, lines)},
-            complete=ended,
-            commands=_commands(lines),
-            initial={"x": 0.0, "lr": 1e-3},
+        return problems(
+            History(
+                ranks=[self._record(rank, fate) for rank in range(self.job.ranks)],
+                told=told,
+                audit=lines,
+                outcomes=_outcomes(lines),
+                reasons={entry["id"]: str(entry.get("reason")) for entry in map(json.loads, lines)},
+                complete=ended,
+                commands=commands_in(lines),
+                initial={"x": 0.0, "lr": 1e-3},
+                seen=self.seen,
+                checkpoints=self.checkpoints,
+            )
         )
-        return problems(history) + self._values_differ()
 
-    def _applied(self, rank: int) -> list[Applied]:
-        path = self.job.output / f"applied-{rank}.jsonl"
-        return [Applied(**json.loads(line)) for line in path.read_text().splitlines()] if path.exists() else []
+    def _record(self, rank: int, fate: Fate) -> RankRecord:
+        trained = [
+            Trained(**{key: line[key] for key in ("step", "attempt", "incarnation", "time")}, values=_values(line))
+            for line in self.job.lines(rank)
+        ]
+        applied = [Applied(**line) for line in self.lines(f"applied-{rank}")]
+        return RankRecord(rank=rank, applied=applied, fate=fate, begun=self.begun(rank), trained=trained)
 
-    def _values_differ(self) -> list[str]:
-        """Each step trained with the same value on every rank."""
-        seen: dict[tuple[int, int], set[float]] = {}
-        for rank in range(self.job.ranks):
-            for line in self.job.lines(rank):
-                seen.setdefault((line["incarnation"], line["step"]), set()).add(line["x"])
-        return [f"values: step {where} was trained with {values}" for where, values in seen.items() if len(values) > 1]
+    def begun(self, rank: int) -> list[Begun]:
+        """The attempts that a rank has begun."""
+        return [Begun(**line) for line in self.lines(f"begun-{rank}")]
+
+    def lines(self, name: str) -> list[dict[str, Any]]:
+        """What the script wrote down, whole lines only."""
+        path = self.job.output / f"{name}.jsonl"
+        text = path.read_text() if path.exists() else ""
+        return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _values(line: dict[str, Any]) -> dict[str, float]:
+    return {name: line[name] for name in ("x", "lr")}
 
 
 def _outcomes(lines: list[str]) -> dict[str, str]:
@@ -291,12 +335,6 @@ def _outcomes(lines: list[str]) -> dict[str, str]:
         if found.get(entry["id"]) not in FINAL_COMMAND_STATES - {"unknown"}:
             found[entry["id"]] = entry["state"]
     return found
-
-
-def _commands(lines: list[str]) -> dict[str, Command]:
-    """What was sent, as the audit log has it."""
-    entries = [json.loads(line) for line in lines]
-    return {entry["id"]: msgspec.json.decode(entry["request"], type=Command) for entry in entries if "request" in entry}
 
 
 async def play(

@@ -3,6 +3,7 @@
 usage: python tests/histories/soak.py [--minutes M]        both kinds, for so long; ends at the first that does not hold
        python tests/histories/soak.py --simulated SEED     one simulated history again, with its story
        python tests/histories/soak.py --real SEED          one real job with that seed's operators and faults
+       python tests/histories/soak.py --restarted SEED     the same of one that is started again and again
 """
 
 import argparse
@@ -18,10 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from real_history import run_job
+from restarted_history import run_restarted
 from simulated_history import default_directory, live
 
 SIMULATED_S = 60.0  # between two real jobs
 EPISODES = 20
+ROUNDS = 3
 
 
 def simulated(seed: int, directory: Path, *, story: bool) -> bool:
@@ -39,8 +42,15 @@ def real(seed: int, home: Path) -> bool:
     return not found
 
 
+def restarted(seed: int, home: Path) -> bool:
+    print(f"real history with restarts, seed {seed}, 2 ranks", flush=True)
+    found = run_restarted(seed, 2, home / f"restarted-{seed}", ROUNDS)
+    print(*found, sep="\n", end="\n" if found else "")
+    return not found
+
+
 def soak(minutes: float, home: Path, directory: Path) -> bool:
-    ends, seed, lived = time.monotonic() + minutes * 60, random.SystemRandom().randrange(2**31), 0
+    ends, seed, lived, jobs = time.monotonic() + minutes * 60, random.SystemRandom().randrange(2**31), 0, 0
     while time.monotonic() < ends:
         turn_ends = min(ends, time.monotonic() + SIMULATED_S)
         while time.monotonic() < turn_ends:
@@ -48,8 +58,10 @@ def soak(minutes: float, home: Path, directory: Path) -> bool:
                 return False
             lived += 1
         print(f"{lived} simulated histories hold, seeds {seed} to {seed + lived - 1}", flush=True)
-        if time.monotonic() < ends and not real(seed + lived, home):
+        play = (real, restarted)[jobs % 2]
+        if time.monotonic() < ends and not play(seed + lived, home):
             return False
+        jobs += 1
     return True
 
 
@@ -58,6 +70,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10.0)
     parser.add_argument("--simulated", type=int, metavar="SEED")
     parser.add_argument("--real", type=int, metavar="SEED")
+    parser.add_argument("--restarted", type=int, metavar="SEED")
     given = parser.parse_args()
     logging.disable(logging.CRITICAL)
     home = Path(tempfile.mkdtemp(prefix="tc-", dir="/tmp"))  # short: sockets lie in it
@@ -69,6 +82,8 @@ def main() -> int:
                 return 0 if simulated(given.simulated, Path(directory), story=True) else 1
             if given.real is not None:
                 return 0 if real(given.real, home) else 1
+            if given.restarted is not None:
+                return 0 if restarted(given.restarted, home) else 1
             return 0 if soak(given.minutes, home, Path(directory)) else 1
     finally:
         shutil.rmtree(home, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Some dozens of real histories: ranks under torchrun, hubs killed, ranks killed or stopped, a line that is cut.
+"""Some dozens of real histories: ranks under torchrun, killed, stopped and started again, hubs killed, a line cut.
 
 `make soak` plays many more, from other seeds.
 """
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from real_history import run_job
+from restarted_history import run_restarted
 
 pytestmark = [pytest.mark.ranks, pytest.mark.timeout(240)]
 
@@ -34,4 +35,12 @@ def test_a_rank_that_is_cut_from_the_store_now_and_then_does_nothing_alone(seed:
     """Its line blocks for up to seconds and does not fail, as where the network between two nodes is gone."""
     print(f"real history, seed {seed}")
     found = run_job(seed, 2, tmp_path, 8, store_line=True)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.thorough
+def test_a_run_whose_ranks_are_killed_restarted_and_aborted_amid_commands_stays_one_history(tmp_path: Path) -> None:
+    """Under `trainctl run`: torchrun starts the ranks again, or an operator has them started, from any checkpoint."""
+    print("real history, seed 31")
+    found = run_restarted(31, 2, tmp_path)
     assert not found, "\n".join(found)

@@ -82,8 +82,8 @@ async def hub_with(tmp_path: Path, agent: SourceAddress | None) -> AsyncIterator
             yield peer
 
 
-async def outcome(peer: Peer, action: Action, **more: object) -> CommandUpdate:
-    async for reply in peer.replies(request(action, "c-1", **more), timeout_s=30.0):
+async def outcome(peer: Peer, action: Action, command_id: str = "c-1", **more: object) -> CommandUpdate:
+    async for reply in peer.replies(request(action, command_id, **more), timeout_s=30.0):
         assert isinstance(reply, CommandReply)
         if reply.update.state in FINAL_COMMAND_STATES:
             return reply.update
@@ -187,9 +187,38 @@ def test_without_an_agent_nothing_is_ended_though_the_ranks_are_on_this_machine(
             assert "nothing was changed" in update.reason
             assert [rank.poll() for rank in ranks] == [None, None]
             assert (await snapshot(peer)).state.state != "stopped"
+            announce(tmp_path / "run")
+            update = await outcome(peer, Abort(now=True), command_id="c-2")
+            assert update.state == "unknown", "for somebody is asked who may well end them"
+            assert "trainctl run was told, and ends what it started" in str(update.reason)
+            assert take_request(tmp_path / "run") is not None
 
     with two_ranks(monkeypatch) as ranks:
         asyncio.run(scenario(ranks))
+
+
+def test_an_agent_of_which_the_hub_hears_a_moment_later_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where an attempt, or the hub, has just begun."""
+    run_dir = tmp_path / "run"
+
+    async def scenario(agent: SourceAddress, ranks: list[subprocess.Popen[bytes]]) -> None:
+        with hub_running(run_dir) as hub, rank_linked(run_dir) as rank:
+            rank.step(7)
+            async with peer_of(hub.card()) as peer:
+                states = []
+                async for reply in peer.replies(request(Abort(now=True), "c-1"), timeout_s=30.0):
+                    assert isinstance(reply, CommandReply)
+                    states.append(reply.update.state)
+                    if reply.update.state in FINAL_COMMAND_STATES:
+                        break
+                    rank.say(LinkAgents(agents=[agent]))
+                assert states == ["accepted", "applied"]
+                assert [rank.wait(5) for rank in ranks] == [-15, -15]
+
+    with two_ranks(monkeypatch) as ranks, node_agent() as agent:
+        asyncio.run(scenario(agent, ranks))
 
 
 def test_a_restart_tells_the_launcher_first_and_waits_for_the_next_attempt(

@@ -1,7 +1,10 @@
 """Trains next to nothing, in step with the other ranks, and writes down every command as it is applied.
 
 usage: steered.py OUTPUT [--sleep S] [--steps N] [--eval-every N] [--long-evaluation] [--timeout S] [--store-line]
-                         [--rank-0-evaluates]
+                         [--rank-0-evaluates] [--checkpoint-every N]
+
+Where it is started again it goes on writing: applied-R.jsonl what rank R applied, rank-R.jsonl with what it trained
+each step, begun-R.jsonl where it began each attempt.
 
 --rank-0-evaluates: for all; the others return from on_eval at once.
 --timeout S: of the process group and of the store that it is made through.
@@ -37,8 +40,10 @@ def record_what_is_applied(path: Path, run_of: "list[Run]") -> None:
     def apply(self: Actions, proposal: Proposal, staged: Staged) -> Outcome:
         outcome = carry_out(self, proposal, staged)
         if outcome.ok:
-            line = {"id": proposal.command.id, "step": outcome.step, "incarnation": run_of[0].incarnation}
-            print(json.dumps(line | {"after": outcome.after, "time": time.time()}), file=file, flush=True)
+            run = run_of[0]
+            line = {"id": proposal.command.id, "step": outcome.step, "incarnation": run.incarnation}
+            line |= {"attempt": run.attempt, "after": outcome.after, "time": time.time()}
+            print(json.dumps(line), file=file, flush=True)
         return outcome
 
     Actions._apply = apply  # type: ignore[method-assign]
@@ -77,12 +82,19 @@ def reach_the_store_by_a_relay(output: Path) -> subprocess.Popen[str]:
     return relay
 
 
+def record_the_beginning(path: Path, run: Run) -> None:
+    line = {"attempt": run.attempt, "step": run.step, "incarnation": run.incarnation, "run": run.id}
+    with path.open("a") as file:
+        print(json.dumps(line | {"time": time.time()}), file=file, flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("output", type=Path)
     parser.add_argument("--steps", type=int, default=1_000_000)
     parser.add_argument("--sleep", type=float, default=0.01)
     parser.add_argument("--eval-every", type=int)
+    parser.add_argument("--checkpoint-every", type=int)
     parser.add_argument("--long-evaluation", action="store_true")
     parser.add_argument("--rank-0-evaluates", action="store_true")
     parser.add_argument("--timeout", type=float, default=1800.0)
@@ -108,10 +120,14 @@ def main() -> None:
             else {"val_loss": 1.0}
         ),
         eval_every=given.eval_every,
+        checkpoint_every=given.checkpoint_every,
     )
     runs.append(run)
     x = run.tunable("x", 0.0)
-    with run, (given.output / f"rank-{rank}.jsonl").open("w") as record:
+    rates = [0.0]  # what the newest step used, as the optimizer itself sees it: a hook behind those of Run.attach
+    optimizer.register_step_pre_hook(lambda stepping, *_: rates.__setitem__(0, stepping.param_groups[0]["lr"]))
+    record_the_beginning(given.output / f"begun-{rank}.jsonl", run)
+    with run, (given.output / f"rank-{rank}.jsonl").open("a") as record:
         for (inputs,) in run.batches():
             loss = model(inputs).pow(2).mean()
             optimizer.zero_grad()
@@ -119,10 +135,10 @@ def main() -> None:
             optimizer.step()
             run.log(loss=loss)
             time.sleep(given.sleep)
-            step, incarnation, used = run.step + 1, run.incarnation, x.value
+            line = {"step": run.step + 1, "attempt": run.attempt, "incarnation": run.incarnation}
+            line |= {"x": x.value, "lr": rates[0]}
             run.step_done()
-            line = {"step": step, "incarnation": incarnation, "x": used, "time": time.time()}
-            print(json.dumps(line), file=record, flush=True)
+            print(json.dumps(line | {"time": time.time()}), file=record, flush=True)
     dist.destroy_process_group()
     if relay is not None:
         relay.kill()

@@ -12,6 +12,8 @@ from trainctl.wire.messages import Envelope, NodeChanged, NodeReading, RunState,
 from trainctl.wire.peer import Peer, PeerError, Unreachable
 
 _BACKOFF_S = (0.5, 5.0)
+_TOLD_S = 5.0  # rank 0 looks for the agents every two seconds, and one that starts takes as long
+_LOOK_S = 0.1
 
 
 class AgentRelay:
@@ -50,11 +52,19 @@ class AgentRelay:
                 self._tasks[source] = (agent, asyncio.create_task(self._one(agent)))
 
     async def connect(self, node: str) -> Peer:
-        """A connection to a node's agent, for one question; the caller closes it. Raises `PeerError`, ValueError."""
-        agent = next((agent for agent, _ in self._tasks.values() if agent.node == node), None)
-        if agent is None:
-            raise Unreachable("none was ever told of to this hub")
+        """A connection to a node's agent, for one question; the caller closes it. Raises `PeerError`, ValueError.
+
+        One that rank 0 has not told of yet is waited for: an attempt, or this hub, may just have begun.
+        """
+        deadline = time.monotonic() + _TOLD_S
+        while (agent := self._of(node)) is None:
+            if time.monotonic() >= deadline:
+                raise Unreachable("none was ever told of to this hub")
+            await asyncio.sleep(_LOOK_S)
         return await Peer.connect(*_newest_address(agent), self._keys, name="hub", timeout_s=STALE_AFTER_S)
+
+    def _of(self, node: str) -> SourceAddress | None:
+        return next((agent for agent, _ in self._tasks.values() if agent.node == node), None)
 
     async def close(self) -> None:
         tasks = [task for _, task in self._tasks.values()]

@@ -1,7 +1,7 @@
 """`abort --now` and `restart`: the nodes' agents end the ranks of the present attempt, at no boundary.
 
 Nothing is guessed: a rank counts as ended when the agent of its node says so. What cannot be reached is named, and the
-outcome is *failed*, or *unknown* where the agent was asked and did not answer.
+outcome is *failed*, or *unknown* where the agent was asked and did not answer, or `trainctl run` was told to abort.
 """
 
 import asyncio
@@ -162,9 +162,13 @@ class Endings:
             self._conclude(ending)
             return Outcome(state="applied", ranks=heard.ranks, after="; ".join([heard.text, *missing]))
         words = [*missing, *heard.words, *([f"{heard.text} ended"] if heard.text else [])]
+        asked = bool(unreachable) and launched and untold is None
+        if asked:
+            words.append("trainctl run was told, and ends what it started")
         if not heard.ranks and not heard.silent and not launched:
             self._drop(ending)
-        return Outcome(state="unknown" if heard.silent else "failed", ranks=heard.ranks, reason="; ".join(words))
+        unsure = heard.silent or asked
+        return Outcome(state="unknown" if unsure else "failed", ranks=heard.ranks, reason="; ".join(words))
 
     def _begin(self, ending: Ending) -> None:
         """From here on ranks may go, by torchrun's hand or the agents'; they are to know that it is an operator's."""
