@@ -111,7 +111,7 @@ def test_a_rank_that_is_gone_needs_no_signal(tmp_path: Path) -> None:
 
 
 def test_a_rank_that_left_before_the_agent_was_asked_is_not_unknown(tmp_path: Path) -> None:
-    """As one does that was in a collective with ranks of another node, where torchrun was quicker than the agents."""
+    """As one does whose script catches the error of a collective that the ranks of another node have left."""
     with ranks(3) as (gone, leaving, stays), agent(tmp_path, *QUICK) as running:
         running.reads(lambda reading: len(reading.processes) == 3)
         gone.end_well()

@@ -159,7 +159,7 @@ def test_a_rank_that_the_agent_does_not_know_is_left_alone_and_named(
 def test_a_rank_that_left_by_itself_before_the_agent_was_asked_is_ended_as_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two `trainctl run` one ends its ranks first, and a collective with them fails on the other's."""
+    """Of two `trainctl run` one ends its ranks first, and scripts of the other's may close their run for that."""
 
     async def scenario(agent: SourceAddress, ranks: list[subprocess.Popen[bytes]]) -> None:
         async with hub_with(tmp_path, agent) as peer:
