@@ -1,8 +1,7 @@
-"""Ranks that were seen here and have no place file any more: they closed their run, or their death was told long ago.
+"""Ranks that were seen here and have no place file now: they closed their run, or their death was told long ago.
 
 When an attempt is ended, torchrun ends ranks before the agents are asked. One whose script heeds SIGTERM, or catches
-the error of a collective that ranks of another node left, says goodbye then. It is gone as was wanted, and not
-unknown.
+the error of a collective that ranks of another node left, says goodbye then. It is gone as was wanted, and not unknown.
 """
 
 from collections.abc import Collection
