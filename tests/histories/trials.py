@@ -117,16 +117,17 @@ class _Life:
     def _live(self, attempt: int) -> Iterator[str]:
         kept = [one for one in self._record.kept if one.attempt == attempt]
         steps = deque(one for one in self._record.trained if one.attempt == attempt)
+        wrong: set[str] = set()  # told once: what is wrong at one step stays so for thousands
         for number, applied in enumerate(one for one in self._record.applied if one.attempt == attempt):
             while kept and kept[0].behind <= number:
                 yield from self._keep(kept.pop(0))
             while steps and self._precedes(steps[0], applied):
-                yield from self._train(steps.popleft())
+                yield from self._train(steps.popleft(), wrong)
             yield from self._apply(applied)
         for one in kept:
             yield from self._keep(one)
         for step in steps:
-            yield from self._train(step)
+            yield from self._train(step, wrong)
 
     def _precedes(self, step: "Trained", applied: "Applied") -> bool:
         command = self._history.commands.get(applied.id)
@@ -134,9 +135,10 @@ class _Life:
             return step.incarnation < applied.incarnation
         return (step.incarnation, step.step) <= (applied.incarnation, applied.step)
 
-    def _train(self, step: "Trained") -> Iterator[str]:
+    def _train(self, step: "Trained", wrong: set[str]) -> Iterator[str]:
         for thing, value in step.values.items():
-            if thing in self._stand.now and not _alike(value, self._stand.now[thing]):
+            if thing in self._stand.now.keys() - wrong and not _alike(value, self._stand.now[thing]):
+                wrong.add(thing)
                 where, was_set = f"step {step.step} of attempt {step.attempt}", self._stand.now[thing]
                 yield f"rank {self._record.rank} trained {where} with {thing} {value}, and {was_set} was set"
 
