@@ -109,6 +109,20 @@ class TestBatchesOfAnEvaluation:
             self.batch(told, None, 5)
         assert told.news == [(1, "stuck")]
 
+    def test_nobody_who_waits_for_one_that_evaluates_for_all_is_named_as_long_as_its_batches_come(self) -> None:
+        told = self.evaluating(5)
+        began = told.now
+        for done in range(5, 60):
+            at = told.now + 1.0
+            rank_0 = msgspec.structs.replace(figures(0, at, 20, state="evaluating"), eval_batch=done)
+            told.second(rank_0, figures(1, at, 20, "communication", began))
+        assert told.news == []
+        for _ in range(20):
+            at = told.now + 1.0
+            rank_0 = msgspec.structs.replace(figures(0, at, 20, state="evaluating"), eval_batch=59)
+            told.second(rank_0, figures(1, at, 20, "communication", began))
+        assert told.news == [(0, "stuck"), (1, "stuck")]
+
     @pytest.mark.parametrize("batches", [0, 1, 3])
     def test_what_comes_before_it_is_known_how_long_a_batch_takes_is_not_judged(self, batches: int) -> None:
         told = self.evaluating(batches)

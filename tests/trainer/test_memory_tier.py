@@ -4,7 +4,7 @@ import gc
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
 import pytest
 import torch
@@ -422,3 +422,36 @@ def test_whatever_happens_the_budget_holds_and_every_state_is_what_was_put_in(
     for slot in writing:
         tier.release(slot, keep=True)
     assert keep or not tier.ids
+
+
+class Quantised(torch.Tensor):
+    """As torchao keeps an optimizer's state: codes that pose as float32, and know how to be copied one by one."""
+
+    codes: torch.Tensor
+
+    def __new__(cls, codes: torch.Tensor) -> Self:
+        made = torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+        made.codes = codes
+        return cast(Self, made)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: object, _types: object, args: tuple[Any, ...] = (), kwargs: object = None
+    ) -> torch.Tensor:
+        if func is torch.ops.aten.copy_.default:
+            return cast(torch.Tensor, args[0].copy_(args[1].codes.float()))
+        raise NotImplementedError(func)
+
+
+def test_a_state_that_can_only_be_copied_tensor_by_tensor_is_saved_like_any_other() -> None:
+    tensors = {
+        "plain": torch.ones(3),
+        "codes": Quantised(torch.tensor([1, 2], dtype=torch.uint8)),
+        "more": torch.ones(()),
+    }
+    staged = Buffers(layout_of(tensors), pinned=False).stage(tensors)
+    assert {name: tensor.tolist() for name, tensor in staged.items()} == {
+        "plain": [1.0, 1.0, 1.0],
+        "codes": [1.0, 2.0],
+        "more": 1.0,
+    }

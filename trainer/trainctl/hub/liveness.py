@@ -78,8 +78,7 @@ class _Rank:
     @property
     def is_busy(self) -> bool:
         """Whether others may be waiting for its evaluation or its save."""
-        at_work = self.judged is None and self.figures is not None and self.figures.state in _BUSY
-        return at_work and not self._in_known_batches
+        return self.judged is None and self.figures is not None and self.figures.state in _BUSY
 
     @property
     def _in_known_batches(self) -> bool:
