@@ -10,6 +10,7 @@ from torch.distributed import HashStore
 
 from trainctl.trainer.actions import begin_save, refusal
 from trainctl.trainer.agreement import Outcome, Proposal, Seal, encode
+from trainctl.trainer.attach import prepare
 from trainctl.trainer.boundary import Boundary
 from trainctl.trainer.checkpoint import checkpointer as checkpointer_module
 from trainctl.trainer.core import Callbacks, Hold
@@ -189,16 +190,17 @@ def test_a_rollback_is_proposed_once_the_save_that_ran_when_it_came_is_written(
     rank: OneRank, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that hangs would hold every rank till then, and withdraws nothing: training goes on, others pass."""
-    answers = {name: threading.Event() for name in ("first", "second")}
-    turns, write = iter(answers.values()), checkpointer_module.write
+    answers = {name: threading.Event() for name in ("first", "second", "third")}
+    turns, write = iter(["first", "second", "third"]), checkpointer_module.write
 
     def slow(*given: object) -> int:
-        next(turns).wait(30)
+        answers[next(turns)].wait(30)
         return write(*given)  # type: ignore[arg-type]
 
     saves_first = SavesFirst(rank.core)
     there = Command(id="there", action=Rollback(target="last"))
     assert not saves_first(there)
+    good = rank.save()
     monkeypatch.setattr(checkpointer_module, "write", slow)
     saving = [begin_save(rank.core).pending]
     early, other = Command(id="early", action=Rollback(target="last")), Command(id="lr", action=LrScale(factor=0.5))
@@ -215,3 +217,14 @@ def test_a_rollback_is_proposed_once_the_save_that_ran_when_it_came_is_written(
     answers["second"].set()
     saving[1].result(30)
     assert not saves_first(late)
+    rank.train(1)
+    third = begin_save(rank.core).pending
+    assert not saves_first(late), "though an evaluation kept it waiting, it does not begin to wait anew"
+    answers["third"].set()
+    third.result(30)
+    for command in (early, late):
+        prepared = prepare(rank.core, command)
+        assert isinstance(prepared, Prepared)
+        assert prepared.checkpoint == good, "the last one when it came, and not what was being saved then"
+    assert set(rank.core.rollback_targets.values()) == {good}, "and kept from deletion meanwhile"
+    assert not saves_first(Command(id="none", action=Rollback(target="77"))), "it is refused at once"

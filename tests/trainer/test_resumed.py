@@ -213,10 +213,28 @@ class TestDataThatARollbackLeftOut:
     def test_are_shared_by_another_number_of_ranks(self, left_out: str, tmp_path: Path) -> None:
         second = Attempt(tmp_path, 3).rank.core
         assert second.checkpointer is not None
-        branch = Branch(incarnation=2, parent=1, after_step=2, skipped=7, ranks=2)
-        count, told = skipped_from(branch, second.checkpointer.load(left_out), 4)
+        branches = {2: Branch(incarnation=2, parent=1, after_step=2, skipped=7, ranks=2)}
+        count, told = skipped_from(branches, second.checkpointer.load(left_out), 4)
         assert count == 3
-        assert told is not None
+        assert len(told) == 1
+
+    def test_are_known_however_many_restarts_and_rollbacks_lie_between(self, left_out: str, tmp_path: Path) -> None:
+        """Checkpoint and restart of a later branch, whose checkpoint then is damaged."""
+        core = Attempt(tmp_path, 5).rank.core
+        assert core.checkpointer is not None
+        loaded = core.checkpointer.load(left_out)
+        branches = {
+            1: Branch(incarnation=1),
+            2: Branch(incarnation=2, parent=1, after_step=2, skipped=7),
+            3: Branch(incarnation=3, parent=2, after_step=9),
+            4: Branch(incarnation=4, parent=3, after_step=12, skipped=5),
+        }
+        count, told = skipped_from(branches, loaded, 1)
+        assert count == 7
+        assert [text.partition(" micro")[0] for text in told] == ["the 7", "the 5"]
+        assert [text.partition("left out are ")[2][:10] for text in told] == ["left out a", "read again"]
+        left = branches | {4: Branch(incarnation=4, parent=1, after_step=2)}
+        assert skipped_from(left, loaded, 1) == (0, []), "a rollback to before them, which skipped nothing"
 
 
 def test_only_the_last_save_by_the_interval_is_never_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,12 +39,6 @@ def read_branches(run_dir: RunDir) -> dict[int, Branch]:
     return found
 
 
-def newest_branch(run_dir: RunDir) -> Branch | None:
-    """The one that the run is on, or None before the first is written down."""
-    branches = read_branches(run_dir)
-    return branches[max(branches)] if branches else None
-
-
 def live_steps(branches: dict[int, Branch]) -> dict[int, float]:
     """The last live step of each incarnation of the live branch, from the newest back to its beginning.
 

@@ -45,13 +45,12 @@ from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
 from trainctl.trainer.preemption import Preemption, Signalled
 from trainctl.trainer.reach import Reach
+from trainctl.trainer.rollback_target import none_such, target_of
 from trainctl.trainer.saves_first import SavesFirst
 from trainctl.trainer.sender import Sender
 from trainctl.trainer.tunables import Tunables
 from trainctl.wire.commands import Command, Rollback, SetTunable, option_off, spec_of
 from trainctl.wire.endings import is_ended
-from trainctl.wire.held_states import list_with_memory
-from trainctl.wire.manifest import pick
 from trainctl.wire.messages import LinkHello, RankPlace, RunInfo, Scalar
 from trainctl.wire.places import Place, own_started, write_place
 from trainctl.wire.rundir import RunDir
@@ -377,19 +376,13 @@ def prepare(core: Core, command: Command) -> Prepared | str:
     if not isinstance(action, Rollback):
         tried = isinstance(action, SetTunable) and core.tunables.may_raise(action.name)
         return Prepared(two_phase=in_two_phases(command) or tried)  # what may fail, too
-    held = core.checkpointer.in_memory if core.checkpointer is not None else []
-    with core.deleting:
-        known = list_with_memory(RunDir(core.identity.directory).checkpoints, held)
-        target = pick(known, action.target, core.best_by)
-        core.rollback_target = target.id if target is not None else None
-    if target is None:
-        steps = ", ".join(str(info.step) for info in known[-8:]) or "none yet"
-        return f"there is no checkpoint {action.target!r}; there are, by step: {steps}"
+    if (target := target_of(core, command.id, action)) is None:
+        return none_such(core, action)
     try:
         incarnation = RunDir(core.identity.directory).allocate("incarnation")
     except OSError as error:
         return f"no new incarnation can be recorded: {error.strerror or error}"
-    return Prepared(two_phase=in_two_phases(command), checkpoint=target.id, incarnation=incarnation)
+    return Prepared(two_phase=in_two_phases(command), checkpoint=target, incarnation=incarnation)
 
 
 def run_info(script: Script, core: Core) -> RunInfo:

@@ -344,7 +344,9 @@ class Control(threading.Thread):
         """The newest sign that rank 0 waits for what is staged."""
         key = f"v/{armed.proposal.number}"
         with self._talk_lock:
-            return self._talking.get(key) if self._talking.has([key]) else None
+            if self._is_past(armed) or not self._talking.has([key]):
+                return None
+            return self._talking.get(key)
 
     def _withdraw(self, armed: Armed) -> None:
         """This rank leaves its loop: what is not decided is not to be applied by the others."""

@@ -108,7 +108,7 @@ class Core:
     newest_save: RunningSave | None = None
     retention: Retention | None = None  # None: nothing is ever deleted
     troubles: list[Trouble] = field(default_factory=list)  # as the hub says; replaced, never changed
-    rollback_target: str | None = None  # what the newest rollback goes back to; written under `deleting`
+    rollback_targets: dict[str, str] = field(default_factory=dict)  # checkpoints by command; replaced under `deleting`
     deleting: threading.Lock = field(default_factory=threading.Lock)  # held for a rename at most, and never by training
     rank_places: list[RankPlace] = field(default_factory=list)
     hold: Hold | None = None

@@ -1,6 +1,7 @@
 """At the start of an attempt: what is resumed from, and with which of the operators' settings."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -11,7 +12,7 @@ from trainctl.trainer.checkpoint.errors import RanksLost
 from trainctl.trainer.core import Core
 from trainctl.trainer.resumed import Resumed
 from trainctl.trainer.rolling_back import begin_branch, position, skipped_from
-from trainctl.wire.lineage import Branch, newest_branch
+from trainctl.wire.lineage import Branch, read_branches
 from trainctl.wire.rundir import RunDir
 
 
@@ -33,12 +34,12 @@ def resume(core: Core, group: Any) -> int | None:
     told: list[Any] = [None] * 3
     if core.place.leads:
         run_dir = RunDir(core.identity.directory)
-        told = [fallback.choice(run_dir.checkpoints, asked, core.best_by), _newest(core), newest_branch(run_dir)]
+        told = [fallback.choice(run_dir.checkpoints, asked, core.best_by), _newest(core), read_branches(run_dir)]
     if group is not None:
         dist.broadcast_object_list(told, src=0, group=group)
     chosen: fallback.Choice = told[0]
     newest: steering.Steering | None = told[1]
-    branch: Branch | None = None if chosen.named else told[2]
+    branches: dict[int, Branch] = {} if chosen.named else told[2]
     candidates, failed = chosen.candidates, dict[str, str]()
     if core.checkpointer is None:
         candidates = []  # what operators set is taken all the same
@@ -53,7 +54,7 @@ def resume(core: Core, group: Any) -> int | None:
                 raise
             failed[checkpoint] = str(error)
             continue
-        _go_on_from(core, loaded, newest, branch)
+        _go_on_from(core, loaded, newest, branches)
         fallback.tell(core, checkpoint, failed, chosen.damaged)
         return loaded.step
     if core.checkpointer is not None and (failed or chosen.damaged):
@@ -65,16 +66,16 @@ def resume(core: Core, group: Any) -> int | None:
     return None
 
 
-def _go_on_from(core: Core, loaded: Loaded, newest: steering.Steering | None, branch: Branch | None) -> None:
-    """Take up what was read and verified on all ranks. `branch`: the one that is gone on with."""
+def _go_on_from(core: Core, loaded: Loaded, newest: steering.Steering | None, branches: Mapping[int, Branch]) -> None:
+    """Take up what was read and verified on all ranks. `branches`: where nobody named the checkpoint."""
     assert core.checkpointer is not None
-    skip, left_out = skipped_from(branch, loaded, core.place.world_size)
+    skip, left_out = skipped_from(branches, loaded, core.place.world_size)
     core.checkpointer.commit(loaded, restore_overrides=newest is None)
     core.resumed_from, core.resumed_tunables = loaded.id, loaded.tunables
     core.resumed = Resumed(core, loaded, skip=skip)
     core.resumed.tell_notes()
-    if left_out is not None:
-        core.resumed.tell(left_out)
+    for text in left_out:
+        core.resumed.tell(text)
     if newest is not None:
         steering.put(core, newest)
     step = position(core, loaded, tell=False, skip=skip)

@@ -1,6 +1,7 @@
 """Going back to a checkpoint, once it was read and every rank agreed on it: assignment, and what is told of it."""
 
 import time
+from collections.abc import Mapping
 
 from trainctl.trainer.agreement import Proposal
 from trainctl.trainer.buffer import Rewind
@@ -72,18 +73,24 @@ def begin_branch(core: Core, *, parent: int = 0, after_step: int = 0, skipped: i
         core.complain("lineage", f"incarnation {core.incarnation} could not be written down: {error.strerror or error}")
 
 
-def skipped_from(branch: Branch | None, loaded: Loaded, ranks: int) -> tuple[int, str | None]:
+def skipped_from(branches: Mapping[int, Branch], loaded: Loaded, ranks: int) -> tuple[int, list[str]]:
     """How many micro-batches each of `ranks` ranks has to leave out where `loaded` is resumed from, and what to tell.
 
-    The rollback with which `branch` began left them out, and no checkpoint was made since that says so.
+    Rollbacks left them out with which branches began, by incarnation, between `loaded` and the newest. What the one
+    back to `loaded` itself left out is left out again; what later ones did lies among the data that are trained anew.
     """
-    if branch is None or not branch.skipped or loaded.incarnation >= branch.incarnation:
-        return 0, None
-    what = f"micro-batches on each rank that the rollback to step {branch.after_step} left out are"
-    if branch.parent != loaded.incarnation or branch.after_step != loaded.step:
-        return 0, f"the {branch.skipped} {what} read again: this checkpoint is not the one that it went back to"
-    count, _ = among(branch.skipped, branch.ranks or ranks, ranks)
-    return count, f"the {count} {what} left out again"
+    count, told, current = 0, list[str](), max(branches, default=0)
+    while (branch := branches.get(current)) is not None and loaded.incarnation < current:
+        what = f"micro-batches on each rank that the rollback to step {branch.after_step} left out are"
+        if not branch.skipped:
+            pass
+        elif (branch.parent, branch.after_step) == (loaded.incarnation, loaded.step):
+            count, _ = among(branch.skipped, branch.ranks or ranks, ranks)
+            told.append(f"the {count} {what} left out again")
+        else:
+            told.append(f"the {branch.skipped} {what} read again: this checkpoint is not the one that it went back to")
+        current = branch.parent if branch.parent < current else 0
+    return count, told[::-1]
 
 
 def position(core: Core, loaded: Loaded, *, data: DataPlace | None = None, tell: bool = True, skip: int = 0) -> int:

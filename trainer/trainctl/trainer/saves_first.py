@@ -1,7 +1,10 @@
 """Commands that are better proposed once a save that runs is written: till then training goes on, and others pass."""
 
 from trainctl.trainer.core import Core, RunningSave
+from trainctl.trainer.rollback_target import target_of
 from trainctl.wire.commands import CheckpointSave, Command, Rollback
+
+_KEPT = 16
 
 
 class SavesFirst:
@@ -15,18 +18,19 @@ class SavesFirst:
 
     def __init__(self, core: Core) -> None:
         self._core = core
-        self._awaited: dict[str, RunningSave] = {}  # by rollback
+        self._awaited: dict[str, RunningSave | None] = {}  # by rollback, the newest few
 
     def __call__(self, command: Command) -> bool:
-        core = self._core
+        core, action = self._core, command.action
         if core.checkpointer is None or core.boundary.closed or core.ending is not None:
             return False
-        if isinstance(command.action, CheckpointSave):
+        if isinstance(action, CheckpointSave):
             return core.checkpointer.full
-        if not isinstance(command.action, Rollback) or core.newest_save is None:
+        if not isinstance(action, Rollback):
             return False
-        awaited = self._awaited.setdefault(command.id, core.newest_save)
-        if awaited.pending.done():
-            del self._awaited[command.id]
-            return False
-        return True
+        if command.id not in self._awaited:
+            if target_of(core, command.id, action) is None:
+                return False  # refused at once
+            self._awaited = dict([*self._awaited.items(), (command.id, core.newest_save)][-_KEPT:])
+        awaited = self._awaited[command.id]
+        return awaited is not None and not awaited.pending.done()
