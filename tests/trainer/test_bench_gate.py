@@ -25,7 +25,7 @@ def bench() -> ModuleType:
 def gate(bench: ModuleType, monkeypatch: pytest.MonkeyPatch, ours: dict[int, float], *more: str) -> str | None:
     """Run it with measurements in which the bare copy took 0.1 s; what it ended with."""
 
-    def measured(millions: int, _rounds: int, _peer_rounds: int) -> dict[str, Any]:
+    def measured(millions: int, _rounds: int, _peer_rounds: int, _width: int) -> dict[str, Any]:
         return {"parameters": millions * 10**6, "best": {"ours": ours[millions], "warm_copy": 0.1}}
 
     monkeypatch.setattr(bench, "measure", measured)

@@ -15,7 +15,7 @@ from one_rank import OneRank
 from trainctl.trainer.actions import begin_save
 from trainctl.trainer.core import Hold
 from trainctl.trainer.outcomes import update_of
-from trainctl.trainer.preemption import Preemption, Signalled, farewell, listen
+from trainctl.trainer.preemption import Preemption, Signalled, farewell, gone_of, listen
 from trainctl.wire.commands import Stop
 from trainctl.wire.endings import mark_ended
 from trainctl.wire.messages import LinkCommand
@@ -224,6 +224,26 @@ class TestSignals:
         RunDir(tmp_path).create()
         mark_ended(tmp_path, ended)
         assert subprocess.run([sys.executable, "-c", PAUSED, str(tmp_path)], check=False, timeout=60).returncode == code
+
+    def test_the_sigterm_by_which_torchrun_ends_what_a_dead_rank_left_is_no_preemption(self) -> None:
+        """Nothing can be saved without that rank, and torchrun would wait 30 s for it."""
+        other = subprocess.Popen(["sleep", "600"])
+        gone = gone_of([os.getpid(), other.pid, 2**22 + 1])
+        assert not gone(), "nor is one that was never seen"
+        other.kill()
+        os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
+        assert gone(), "also where its parent has not taken note"
+        other.wait()
+        assert gone()
+        heard = Signalled()
+        heard.a_rank_is_gone = gone
+        ended: list[int] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "kill", lambda _pid, number: ended.append(number))
+            before = signal.getsignal(signal.SIGTERM)
+            heard(signal.SIGTERM, None)
+            signal.signal(signal.SIGTERM, before)
+        assert ended == [signal.SIGTERM]
 
     def test_what_the_script_does_with_it_stays(self, caplog: pytest.LogCaptureFixture) -> None:
         signal.signal(signal.SIGUSR1, handler := lambda *_: None)

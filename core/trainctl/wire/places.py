@@ -62,5 +62,14 @@ def process_started(pid: int) -> float:
     return float(text.rpartition(")")[2].split()[19])
 
 
+def has_ended(pid: int, started: float) -> bool:
+    """Whether the process that `started` then runs no more, though its parent may not have taken note."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return True
+    return fields[0] in "ZX" or float(fields[19]) != started
+
+
 def own_started() -> float:
     return process_started(os.getpid())

@@ -43,7 +43,7 @@ from trainctl.trainer.meeting import Connection, Meeting, StoreSilent
 from trainctl.trainer.on_the_way import cannot_be_meant
 from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
-from trainctl.trainer.preemption import Preemption, Signalled
+from trainctl.trainer.preemption import Preemption, Signalled, gone_of
 from trainctl.trainer.reach import Reach
 from trainctl.trainer.rollback_target import none_such, target_of
 from trainctl.trainer.saves_first import SavesFirst
@@ -270,6 +270,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
     control, leader, link, actions = None, None, None, None
     signalled = script.signalled or Signalled()
     signalled.by_operator = lambda: is_ended(identity.directory, identity.attempt)
+    signalled.a_rank_is_gone = gone_of([other.pid for other in core.rank_places if other.node == place.node])
     if connections is not None:
         control = Control(
             rank=place.rank,

@@ -23,6 +23,7 @@ from trainctl.trainer.leader import Leader
 from trainctl.trainer.meeting import StoreSilent
 from trainctl.wire.commands import FINAL_COMMAND_STATES, Command, Stop
 from trainctl.wire.messages import CommandUpdate, Event, LinkCommand
+from trainctl.wire.places import has_ended, process_started
 from trainctl.wire.preemption import (
     ACTOR,
     FILE_VARIABLE,
@@ -46,16 +47,18 @@ _TRIES = 10
 class Signalled:
     """A signal handler that only notes that it was called: nothing else is safe in the middle of anything.
 
-    But for a SIGTERM by which an operator ends the ranks, as `by_operator` says: that one ends this rank, as it would
-    without us. `abort --now` saves nothing, and after it nobody is to be told of a preemption.
+    But for a SIGTERM by which an operator ends the ranks, as `by_operator` says, or torchrun those that are left where
+    `a_rank_is_gone`: that one ends this rank, as it would without us. `abort --now` saves nothing, and after it nobody
+    is to be told of a preemption; and without all ranks there is no checkpoint, for which torchrun would wait in vain.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self.by_operator: Callable[[], bool] = lambda: False
+        self.a_rank_is_gone: Callable[[], bool] = lambda: False
 
     def __call__(self, number: int, _frame: FrameType | None) -> None:
-        if number == signal.SIGTERM and self.by_operator():
+        if number == signal.SIGTERM and (self.by_operator() or self.a_rank_is_gone()):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.name = signal.Signals(number).name
@@ -83,6 +86,15 @@ def listen(given: str | None) -> Signalled | None:
     signal.signal(number, heard)
     signal.siginterrupt(number, False)  # libraries in the middle of a system call need not know of it
     return heard
+
+
+def gone_of(pids: Sequence[int]) -> Callable[[], bool]:
+    """Whether one of these processes that runs now has ended since. One that is not seen from here does not count."""
+    started: dict[int, float] = {}
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            started[pid] = process_started(pid)
+    return lambda: any(has_ended(pid, since) for pid, since in started.items())
 
 
 @contextlib.contextmanager
