@@ -79,6 +79,23 @@ def test_a_killed_rank_is_named_at_once_and_torchruns_restart_is_the_same_run(tm
         until(lambda: [rank["state"] for rank in ranks(running)] == ["running", "running"], 20)
 
 
+def test_the_ranks_that_a_dead_one_leaves_of_a_paused_run_make_way_for_the_next_attempt(tmp_path: Path) -> None:
+    with job("collectives.py", 2, tmp_path / "out", **RESTARTED_ONCE) as running:
+        running.until_step(12)
+        run = ["-r", str(running.directory)]
+        pids = watched(running)
+        trainctl_json("pause", *run)
+        os.kill(pids[1], signal.SIGKILL)
+        killed_at = time.monotonic()
+        until(
+            lambda: (found := trainctl_json("status", *run))["attempt"] == 2 and found["state"] == "running",
+            60,
+            what="torchrun starts the next attempt",
+        )
+        print(f"the next attempt runs {time.monotonic() - killed_at:.1f} s after a rank of a paused run was killed")
+        assert "forcefully" not in running.log(), "torchrun's SIGTERM was taken for the machine's end"
+
+
 def test_a_rank_that_raises_is_named_and_not_only_the_ones_that_lose_it(tmp_path: Path) -> None:
     with job("collectives.py", 2, tmp_path / "out") as running:
         running.until_step(12)
