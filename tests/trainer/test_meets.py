@@ -8,6 +8,7 @@ import pytest
 from one_rank import OneRank
 from torch.distributed import HashStore
 
+from trainctl.trainer import rollback_target
 from trainctl.trainer.actions import begin_save, refusal
 from trainctl.trainer.agreement import Outcome, Proposal, Seal, encode
 from trainctl.trainer.attach import prepare
@@ -228,3 +229,9 @@ def test_a_rollback_is_proposed_once_the_save_that_ran_when_it_came_is_written(
         assert prepared.checkpoint == good, "the last one when it came, and not what was being saved then"
     assert set(rank.core.rollback_targets.values()) == {good}, "and kept from deletion meanwhile"
     assert not saves_first(Command(id="none", action=Rollback(target="77"))), "it is refused at once"
+
+    def unreadable(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(rollback_target, "list_with_memory", unreadable)
+    assert not saves_first(Command(id="unread", action=Rollback(target="last"))), "nor does it end the leader"

@@ -29,8 +29,11 @@ class SavesFirst:
         if not isinstance(action, Rollback):
             return False
         if command.id not in self._awaited:
-            if target_of(core, command.id, action) is None:
-                return False  # refused at once
+            try:
+                if target_of(core, command.id, action) is None:
+                    return False  # refused at once
+            except OSError:
+                return False  # told where it is prepared
             self._awaited = dict([*self._awaited.items(), (command.id, core.newest_save)][-_KEPT:])
         awaited = self._awaited[command.id]
         return awaited is not None and not awaited.pending.done()
