@@ -206,6 +206,7 @@ class RecordingActions(Actions):
     now: Callable[[], float]
     _stop: Proposal | None = None
     _asked: Proposal | None = None  # the evaluation that an operator asked for, while it runs
+    _whole: bool = False
 
     def _apply(self, proposal: Proposal, staged: Staged) -> Outcome:
         step = self._core.boundary.completed
@@ -228,8 +229,10 @@ class RecordingActions(Actions):
         return outcome
 
     def _evaluate(self, proposal: Proposal) -> bool:
-        self._asked = proposal
+        self._asked, self._whole = proposal, False
         complete = super()._evaluate(proposal)
+        if self._whole:  # behind what was met at its end, of the batches that this rank does not have
+            self._record(proposal, self._core.boundary.completed, None)
         self._asked = None
         return complete
 
@@ -239,8 +242,7 @@ class RecordingActions(Actions):
 
     def evaluated(self) -> None:
         """This rank's own part is done, and whole."""
-        if self._asked is not None and self._core.ending is None:
-            self._record(self._asked, self._core.boundary.completed, None)
+        self._whole = self._asked is not None and self._core.ending is None
 
     def settle_stop(self) -> Outcome | None:
         outcome = super().settle_stop()
