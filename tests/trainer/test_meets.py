@@ -26,6 +26,7 @@ from trainctl.wire.commands import (
     Act,
     CheckpointSave,
     Command,
+    CommandState,
     Evaluate,
     LrRelease,
     LrScale,
@@ -192,46 +193,69 @@ def test_a_rollback_is_proposed_once_the_save_that_ran_when_it_came_is_written(
 ) -> None:
     """A disk that hangs would hold every rank till then, and withdraws nothing: training goes on, others pass."""
     answers = {name: threading.Event() for name in ("first", "second", "third")}
-    turns, write = iter(["first", "second", "third"]), checkpointer_module.write
+    turns, write = iter(answers), checkpointer_module.write
 
     def slow(*given: object) -> int:
         answers[next(turns)].wait(30)
         return write(*given)  # type: ignore[arg-type]
 
-    saves_first = SavesFirst(rank.core)
-    there = Command(id="there", action=Rollback(target="last"))
-    assert not saves_first(there)
+    def rollback(name: str, target: str = "last") -> Command:
+        return Command(id=name, action=Rollback(target=target))
+
+    def answered(name: str) -> None:
+        answers[name].set()
+        saving[name].result(30)
+
+    saves_first, held = SavesFirst(rank.core), rank.core.rollback_targets
     good = rank.save()
+    assert not saves_first(rollback("there"))
     monkeypatch.setattr(checkpointer_module, "write", slow)
-    saving = [begin_save(rank.core).pending]
-    early, other = Command(id="early", action=Rollback(target="last")), Command(id="lr", action=LrScale(factor=0.5))
+    saving = {"first": begin_save(rank.core).pending}
+    early, late = rollback("early", "best"), rollback("late", good)
     assert saves_first(early)
-    assert not saves_first(other)
+    assert not saves_first(Command(id="lr", action=LrScale(factor=0.5)))
+    until(lambda: not saves_first(rollback("none", "77")), 20, what="it to be refused at once, for there is none such")
     rank.train(1)
-    saving.append(begin_save(rank.core).pending)
-    late = Command(id="late", action=Rollback(target="last"))
+    saving["second"] = begin_save(rank.core).pending
     assert saves_first(late)
-    answers["first"].set()
-    saving[0].result(30)
-    assert not saves_first(early), "though another one runs: there may always be one"
+    until(lambda: held.of("late") == good, 20, what="its target to be kept from deletion")
+    answered("first")
+    until(lambda: not saves_first(early), 20, what="it to go on, though another save runs: there may always be one")
     assert saves_first(late)
-    answers["second"].set()
-    saving[1].result(30)
-    assert not saves_first(late)
+    answered("second")
     rank.train(1)
-    third = begin_save(rank.core).pending
+    saving["third"] = begin_save(rank.core).pending
     assert not saves_first(late), "though an evaluation kept it waiting, it does not begin to wait anew"
-    answers["third"].set()
-    third.result(30)
-    for command in (early, late):
-        prepared = prepare(rank.core, command)
-        assert isinstance(prepared, Prepared)
-        assert prepared.checkpoint == good, "the last one when it came, and not what was being saved then"
-    assert set(rank.core.rollback_targets.values()) == {good}, "and kept from deletion meanwhile"
-    assert not saves_first(Command(id="none", action=Rollback(target="77"))), "it is refused at once"
+    prepared = prepare(rank.core, late)
+    assert isinstance(prepared, Prepared)
+    assert prepared.checkpoint == good
 
     def unreadable(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(rollback_target, "list_with_memory", unreadable)
-    assert not saves_first(Command(id="unread", action=Rollback(target="last"))), "nor does it end the leader"
+    until(lambda: not saves_first(rollback("unread")), 20, what="it to be prepared, which tells of that")
+    answered("third")
+
+
+def test_the_target_of_a_rollback_is_held_until_its_outcome_and_that_of_the_newest_after_it(rank: OneRank) -> None:
+    checkpoint, saves_first = rank.save(), SavesFirst(rank.core)
+    for name in ("a", "b"):
+        prepare(rank.core, Command(id=name, action=Rollback(target="last")))
+    held = rank.core.rollback_targets
+    held.hold("b", "another")
+    assert held.ids() == {checkpoint, "another"}
+
+    def told(name: str, state: CommandState) -> None:
+        saves_first.hear(
+            CommandUpdate(
+                time=0.0, step=0, incarnation=1, id=name, command="rollback", args={}, actor="mk", state=state
+            )
+        )
+
+    told("a", "scheduled")
+    assert held.ids() == {checkpoint, "another"}
+    told("a", "expired")
+    assert held.ids() == {checkpoint, "another"}
+    told("b", "applied")
+    assert held.ids() == {"another"}

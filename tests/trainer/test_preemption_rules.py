@@ -18,7 +18,7 @@ from trainctl.trainer.outcomes import update_of
 from trainctl.trainer.preemption import Preemption, Signalled, farewell, gone_of, listen
 from trainctl.wire.commands import Stop
 from trainctl.wire.endings import mark_ended
-from trainctl.wire.messages import LinkCommand
+from trainctl.wire.messages import LinkCommand, RankPlace
 from trainctl.wire.preemption import Warned, read_heard, read_left, read_preempted, signal_number, write_note
 from trainctl.wire.rundir import RunDir
 
@@ -225,16 +225,25 @@ class TestSignals:
         mark_ended(tmp_path, ended)
         assert subprocess.run([sys.executable, "-c", PAUSED, str(tmp_path)], check=False, timeout=60).returncode == code
 
-    def test_the_sigterm_by_which_torchrun_ends_what_a_dead_rank_left_is_no_preemption(self) -> None:
+    def test_the_sigterm_by_which_torchrun_ends_what_a_dead_rank_left_is_no_preemption(self, tmp_path: Path) -> None:
         """Nothing can be saved without that rank, and torchrun would wait 30 s for it."""
-        other = subprocess.Popen(["sleep", "600"])
-        gone = gone_of([os.getpid(), other.pid, 2**22 + 1])
-        assert not gone(), "nor is one that was never seen"
+        other, stranger = (subprocess.Popen(["sleep", "600"], env={"RANK": rank}) for rank in ("1", "7"))
+        core = OneRank(tmp_path).core
+        pids = {1: other.pid, 2: stranger.pid, 3: 2**22 + 1}
+        core.rank_places = [RankPlace(rank=rank, node="n", pid=pid) for rank, pid in pids.items()]
+        gone = gone_of(core)
+        core.hold = Hold(since=0.0, by="mk", resumes_at=None)
+        stranger.kill()
+        stranger.wait()
+        assert not gone(), "nor is one that was never seen, or was another process than that rank"
         other.kill()
         os.waitid(os.P_PID, other.pid, os.WEXITED | os.WNOWAIT)
         assert gone(), "also where its parent has not taken note"
         other.wait()
         assert gone()
+        core.hold = None
+        assert not gone(), "who is not held has its own way with the signal"
+        core.hold = Hold(since=0.0, by="mk", resumes_at=None)
         heard = Signalled()
         heard.a_rank_is_gone = gone
         ended: list[int] = []

@@ -115,7 +115,7 @@ def test_a_rollback_that_is_prepared_while_others_are_deleted_holds_its_target(
     training.train(3)
 
     def late(*_: object) -> frozenset[str]:
-        training.core.rollback_targets = {"c": training.ids[0]}
+        training.core.rollback_targets.hold("c", training.ids[0])
         return frozenset()
 
     monkeypatch.setattr("trainctl.trainer.checkpoint.retention.verify_last_good", late)

@@ -58,17 +58,31 @@ def agent_lock(job: str) -> Path:
 
 def process_started(pid: int) -> float:
     """Start time of a process in clock ticks since boot. Raises OSError when it does not exist."""
-    text = Path(f"/proc/{pid}/stat").read_text()
-    return float(text.rpartition(")")[2].split()[19])
+    return float(_stat(pid)[19])
+
+
+def is_rank(pid: int, rank: int) -> bool:
+    """Whether the process of this id, as seen from here, was started as that rank of a job."""
+    try:
+        return f"RANK={rank}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
+
+
+def _stat(pid: int) -> list[bytes]:
+    """The fields behind the name, which is cut at any byte. Raises OSError."""
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
 
 
 def has_ended(pid: int, started: float) -> bool:
     """Whether the process that `started` then runs no more, though its parent may not have taken note."""
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
+        fields = _stat(pid)
+    except (FileNotFoundError, ProcessLookupError):
         return True
-    return fields[0] in "ZX" or float(fields[19]) != started
+    except OSError:
+        return False  # too many files are open: nothing is known
+    return fields[0] in b"ZX" or float(fields[19]) != started
 
 
 def own_started() -> float:

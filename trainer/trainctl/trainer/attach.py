@@ -51,7 +51,7 @@ from trainctl.trainer.sender import Sender
 from trainctl.trainer.tunables import Tunables
 from trainctl.wire.commands import Command, Rollback, SetTunable, option_off, spec_of
 from trainctl.wire.endings import is_ended
-from trainctl.wire.messages import LinkHello, RankPlace, RunInfo, Scalar
+from trainctl.wire.messages import CommandUpdate, LinkHello, RankPlace, RunInfo, Scalar
 from trainctl.wire.places import Place, own_started, write_place
 from trainctl.wire.rundir import RunDir
 
@@ -270,7 +270,7 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
     control, leader, link, actions = None, None, None, None
     signalled = script.signalled or Signalled()
     signalled.by_operator = lambda: is_ended(identity.directory, identity.attempt)
-    signalled.a_rank_is_gone = gone_of([other.pid for other in core.rank_places if other.node == place.node])
+    signalled.a_rank_is_gone = gone_of(core)
     if connections is not None:
         control = Control(
             rank=place.rank,
@@ -286,14 +286,20 @@ def _threads(script: Script, core: Core, connections: Connections | None, tracke
         with _telling("the run is not shown"):
             link = Link(run_id=identity.id, hub=hub, hello=lambda: _hello(script, core), keep_bytes=keep_bytes())
     if connections is not None and connections.leading is not None:
+        saves_first = SavesFirst(core)
+
+        def told(update: CommandUpdate) -> None:
+            core.event(update)
+            saves_first.hear(update)
+
         leader = Leader(
             world_size=place.world_size,
             boundary=core.boundary,
             connection=connections.leading,
             prepare=lambda command: prepare(core, command),
-            later=SavesFirst(core),
+            later=saves_first,
             ending=lambda: core.ending is not None and not core.boundary.closed,
-            tell=core.event,
+            tell=told,
             incarnation=lambda: core.incarnation,
         )
     agent = None

@@ -16,6 +16,7 @@ from trainctl.trainer.checkpoint import Checkpointer, PendingSave, Retention
 from trainctl.trainer.drops import Told
 from trainctl.trainer.feed import Feed
 from trainctl.trainer.flops import FlopMeter
+from trainctl.trainer.held_targets import HeldTargets
 from trainctl.trainer.identity import RankIdentity, RunIdentity
 from trainctl.trainer.overrides import Overrides
 from trainctl.trainer.phases import Phases
@@ -108,7 +109,7 @@ class Core:
     newest_save: RunningSave | None = None
     retention: Retention | None = None  # None: nothing is ever deleted
     troubles: list[Trouble] = field(default_factory=list)  # as the hub says; replaced, never changed
-    rollback_targets: dict[str, str] = field(default_factory=dict)  # checkpoints by command; replaced under `deleting`
+    rollback_targets: HeldTargets = field(default_factory=HeldTargets)  # one is found and held under `deleting`
     deleting: threading.Lock = field(default_factory=threading.Lock)  # held for a rename at most, and never by training
     rank_places: list[RankPlace] = field(default_factory=list)
     hold: Hold | None = None

@@ -23,7 +23,7 @@ from trainctl.trainer.leader import Leader
 from trainctl.trainer.meeting import StoreSilent
 from trainctl.wire.commands import FINAL_COMMAND_STATES, Command, Stop
 from trainctl.wire.messages import CommandUpdate, Event, LinkCommand
-from trainctl.wire.places import has_ended, process_started
+from trainctl.wire.places import has_ended, is_rank, process_started
 from trainctl.wire.preemption import (
     ACTOR,
     FILE_VARIABLE,
@@ -88,13 +88,17 @@ def listen(given: str | None) -> Signalled | None:
     return heard
 
 
-def gone_of(pids: Sequence[int]) -> Callable[[], bool]:
-    """Whether one of these processes that runs now has ended since. One that is not seen from here does not count."""
+def gone_of(core: Core) -> Callable[[], bool]:
+    """Whether the run is held, and a rank of this node that runs now has ended since.
+
+    One that is not seen from here, in a container of its own, does not count.
+    """
     started: dict[int, float] = {}
-    for pid in pids:
-        with contextlib.suppress(OSError):
-            started[pid] = process_started(pid)
-    return lambda: any(has_ended(pid, since) for pid, since in started.items())
+    for place in core.rank_places:
+        if place.node == core.place.node and is_rank(place.pid, place.rank):
+            with contextlib.suppress(OSError):
+                started[place.pid] = process_started(place.pid)
+    return lambda: core.hold is not None and any(has_ended(pid, since) for pid, since in started.items())
 
 
 @contextlib.contextmanager

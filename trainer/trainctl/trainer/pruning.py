@@ -65,7 +65,7 @@ class Pruner:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         progress = Progress(step=step, troubles=list(core.troubles), live=live_steps(read_branches(directory)))
         try:
-            protected = set(core.rollback_targets.values())
+            protected = core.rollback_targets.ids()
             prune(directory.checkpoints, self._policy, progress=progress, protected=protected, removing=self._remove)
         except CheckpointError as error:
             core.complain("retention", f"{error}")
@@ -79,7 +79,7 @@ class Pruner:
         core = self._core
         with core.deleting:
             pinned = (directory / f"{checkpoint_id}.pinned").exists()
-            if pinned or checkpoint_id in core.rollback_targets.values() or not (directory / checkpoint_id).is_dir():
+            if pinned or checkpoint_id in core.rollback_targets.ids() or not (directory / checkpoint_id).is_dir():
                 return False
             hide(directory, checkpoint_id)
         size = sum(path.stat().st_size for path in (directory / f".{checkpoint_id}.gone").rglob("*") if path.is_file())
