@@ -150,7 +150,7 @@ def _once(history: History) -> Iterator[str]:
 
 def _agreement(history: History) -> Iterator[str]:
     # An evaluation that raised on some ranks is one that failed, however it went on the others.
-    partly = {name for name in _of_commands(history, {"eval"}) if history.outcomes.get(name) == "failed"}
+    partly = _of_commands(history, {"eval"}) & _failed(history)
     numbers = attempts_of(history)
     for number in numbers:
         sequences = {
@@ -164,6 +164,13 @@ def _agreement(history: History) -> Iterator[str]:
             if len({repr(getattr(applied, what)) for applied in ranks.values()}) > 1:
                 each = {rank: getattr(applied, what) for rank, applied in ranks.items()}
                 yield f"the ranks applied {name} at different {what}: {each}"
+
+
+def _failed(history: History) -> set[str]:
+    """By whatever was said of it: the run's record is not read where the hub is gone in the end."""
+    recorded = {name for name, state in history.outcomes.items() if state == "failed"}
+    told = {told.id for told in history.told if not told.own and told.state == "failed"}
+    return recorded | told | {str(entry["id"]) for entry in _entries(history) if entry.get("state") == "failed"}
 
 
 def _alike(sequences: Mapping[int, list[str]], fates: Mapping[int, str]) -> Iterator[str]:
