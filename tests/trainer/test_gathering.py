@@ -1,8 +1,10 @@
 """All ranks said *ready*, and one does not come to the boundary: then no rank applies, and the operator hears why."""
 
+import gc
+import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
+from types import FrameType, SimpleNamespace
 
 import pytest
 from test_agreement_threads import Rank
@@ -13,6 +15,7 @@ from trainctl.trainer.actions import refusal
 from trainctl.trainer.agreement import MAX_SKEW, Proposal, Seal, in_two_phases
 from trainctl.trainer.core import Callbacks
 from trainctl.trainer.evaluation import evaluate
+from trainctl.trainer.gathering import frame_of
 from trainctl.trainer.leader import Leader, Prepared
 from trainctl.trainer.meeting import Connection
 from trainctl.wire.commands import Action, Command, Pause, SetTunable
@@ -230,3 +233,27 @@ def test_no_rank_is_ready_for_a_boundary_behind_the_end_of_its_run(tmp_path: Pat
 
     assert refused(10) is None
     assert refused(11) == "the run ends at step 10, before the boundary of step 11"
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_nothing_is_collected_while_the_frames_are_looked_at_and_the_collector_is_left_as_it_was(
+    collects: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The process could stand still for ever otherwise, before CPython 3.11.9."""
+    seen: list[bool] = []
+    frames = sys._current_frames
+
+    def looked_at() -> dict[int, FrameType]:
+        seen.append(gc.isenabled())
+        return frames()
+
+    monkeypatch.setattr(sys, "version_info", (3, 11, 7))
+    monkeypatch.setattr(sys, "_current_frames", looked_at)
+    try:
+        if not collects:
+            gc.disable()
+        assert frame_of(threading.get_ident()) is not None
+        assert frame_of(-1) is None
+        assert (seen, gc.isenabled()) == ([False, False], collects)
+    finally:
+        gc.enable()

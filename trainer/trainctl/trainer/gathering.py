@@ -8,10 +8,12 @@ boundary itself has a decision:
                         `GATHER_S` (or five of its steps). Written once by compare-and-set; all obey what they read
 """
 
+import gc
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any, Protocol
 
 from trainctl.trainer.agreement import ABORT, DOUBT_S, GO
@@ -21,6 +23,7 @@ GATHER_S = 30.0
 GATHER_STEPS = 5
 _POLL_S = (0.001, 0.05)
 _AGAIN_S = 1.0
+_NOT_COLLECTING = threading.Lock()
 
 
 class Talk(Protocol):
@@ -97,13 +100,32 @@ def not_all_came(step: int, limit_s: float) -> str:
     )
 
 
+def frame_of(thread: int) -> FrameType | None:
+    """What a thread executes now.
+
+    Until CPython 3.11.9 a garbage collection in the middle of `sys._current_frames` could release the interpreter's
+    lock while another one was held that every new thread needs, and the process stood still for ever
+    (python/cpython 106883; 3.12 collects elsewhere). So there is none meanwhile.
+    """
+    if sys.version_info >= (3, 11, 9):
+        return sys._current_frames().get(thread)
+    with _NOT_COLLECTING:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return sys._current_frames().get(thread)
+        finally:
+            if collects:
+                gc.enable()
+
+
 def in_shadow(thread: int) -> bool:
     """Whether a thread is past its own data inside torch's `Join`, where it only shadows the others' collectives."""
     module: Any = sys.modules.get("torch.distributed.algorithms.join")
     if module is None:
         return False
     code = module.Join.__exit__.__code__
-    frame = sys._current_frames().get(thread)  # reads only, and only when a command is under way
+    frame = frame_of(thread)  # reads only, and only when a command is under way
     while frame is not None:
         if frame.f_code is code:
             return True
