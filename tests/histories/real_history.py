@@ -332,6 +332,8 @@ def _outcomes(lines: list[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     for line in lines:
         entry = json.loads(line)
+        if entry["state"] == "gap":
+            continue  # it tells of lines that come late, and is of no command
         if found.get(entry["id"]) not in FINAL_COMMAND_STATES - {"unknown"}:
             found[entry["id"]] = entry["state"]
     return found
