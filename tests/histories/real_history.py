@@ -40,6 +40,7 @@ from trainctl.wire.messages import Card, Snapshot
 from waiting import until
 
 ANSWER_S = 30.0
+_AT_REST_S = 10.0
 T = TypeVar("T")
 
 
@@ -291,7 +292,7 @@ class RealScene:
         told = [told for operator in self.operators for told in operator.told]
         return problems(
             History(
-                ranks=[self._record(rank, fate) for rank in range(self.job.ranks)],
+                ranks=self._records(fate),
                 told=told,
                 audit=lines,
                 outcomes=_outcomes(lines),
@@ -303,6 +304,21 @@ class RealScene:
                 checkpoints=self.checkpoints,
             )
         )
+
+    def _records(self, fate: Fate) -> list[RankRecord]:
+        """Of all ranks at one moment: the undoing of a change may come between the reading of two."""
+        ranks = range(self.job.ranks)
+
+        def at_rest() -> list[RankRecord] | None:
+            found = [self._record(rank, fate) for rank in ranks]
+            now = {len(self.lines(f"applied-{rank}")) for rank in ranks}
+            return found if now == {len(record.applied) for record in found} and len(now) == 1 else None
+
+        try:
+            found = until(at_rest, _AT_REST_S) if fate == "lives" else None
+        except AssertionError:
+            found = None  # they do not come to be alike, which the rules will say
+        return found or [self._record(rank, fate) for rank in ranks]
 
     def _record(self, rank: int, fate: Fate) -> RankRecord:
         trained = [
