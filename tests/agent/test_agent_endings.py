@@ -13,11 +13,12 @@ from agent_process import Agent, Rank, agent, ranks
 
 from trainctl.agent.departed import REMEMBERED, Departed
 from trainctl.agent.endings import NotOurs, open_rank
+from trainctl.agent.rank_watch import how_it_ended, process_usage
 from trainctl.wire.commands import Abort, Act, Command, EndRanks, Stop
 from trainctl.wire.keys import new_keys, source_keys
 from trainctl.wire.messages import CommandRequest, EndedRank, RanksEnded
 from trainctl.wire.peer import KeyRefused, Peer, Refused
-from trainctl.wire.places import Place, process_started, write_place
+from trainctl.wire.places import Place, has_ended, process_started, write_place
 from waiting import until
 
 QUICK = ("--interval", "0.2", "--no-gpus")
@@ -171,3 +172,18 @@ def test_the_reading_says_how_a_rank_ended(tmp_path: Path) -> None:
         rank.kill()
         (process,) = running.reads(lambda reading: reading.processes and not reading.processes[0].alive).processes
         assert process.ended == "killed by SIGKILL"
+
+
+def test_a_process_whose_name_is_cut_in_the_middle_of_a_character_is_read_like_any_other() -> None:
+    """The kernel keeps 15 bytes of a name, and a script may take any (setproctitle)."""
+    name = "import sys, time; open('/proc/self/comm', 'wb').write(b'gpt \\xc3'); print(flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", name], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        began = process_started(process.pid)
+        place = Place(run_id="r", run="r", rank=0, local_rank=0, pid=process.pid, started=began, attempt=1)
+        before = (process_usage(process.pid)[1] > 0, how_it_ended(place), has_ended(process.pid, began))
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        after = (how_it_ended(place), has_ended(process.pid, began))
+    assert (before, after) == ((True, None, False), ("killed by SIGKILL", True))

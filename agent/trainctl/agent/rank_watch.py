@@ -18,7 +18,7 @@ from typing import Final
 from trainctl.agent.departed import Departed
 from trainctl.agent.options import JOB_VARIABLES
 from trainctl.wire.messages import ProcessReading
-from trainctl.wire.places import Place, place_file, process_started, read_places
+from trainctl.wire.places import Place, place_file, process_started, read_places, stat_fields
 
 REPORTED_FOR_S: Final = 60.0
 _TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
@@ -160,18 +160,18 @@ def of_job(job: str | None) -> Callable[[Place], bool]:
 
 def process_usage(pid: int) -> tuple[float, int]:
     """CPU seconds used so far and resident bytes. Raises OSError when there is no such process."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = stat_fields(pid)
     return (int(fields[11]) + int(fields[12])) / _TICKS_PER_S, int(fields[21]) * _PAGE_BYTES
 
 
 def how_it_ended(place: Place) -> str | None:
     """ "killed by SIGKILL" or "exited with 1": the kernel says so until the parent has taken note; None afterwards."""
     try:
-        fields = Path(f"/proc/{place.pid}/stat").read_text().rpartition(")")[2].split()
+        fields = stat_fields(place.pid)
     except OSError:
         return None
     # Field 52 is the status as waitpid gives it; it is 0 for those who may not know, and while the process lives.
-    if float(fields[19]) != place.started or fields[0] not in "ZX" or (status := int(fields[49])) == 0:
+    if float(fields[19]) != place.started or fields[0] not in b"ZX" or (status := int(fields[49])) == 0:
         return None
     if os.WIFSIGNALED(status):
         number = os.WTERMSIG(status)

@@ -58,7 +58,7 @@ def agent_lock(job: str) -> Path:
 
 def process_started(pid: int) -> float:
     """Start time of a process in clock ticks since boot. Raises OSError when it does not exist."""
-    return float(_stat(pid)[19])
+    return float(stat_fields(pid)[19])
 
 
 def is_rank(pid: int, rank: int) -> bool:
@@ -69,15 +69,15 @@ def is_rank(pid: int, rank: int) -> bool:
         return False
 
 
-def _stat(pid: int) -> list[bytes]:
-    """The fields behind the name, which is cut at any byte. Raises OSError."""
+def stat_fields(pid: int) -> list[bytes]:
+    """What proc(5) says of a process from field 3 on: the name before that is cut at any byte. Raises OSError."""
     return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
 
 
 def has_ended(pid: int, started: float) -> bool:
     """Whether the process that `started` then runs no more, though its parent may not have taken note."""
     try:
-        fields = _stat(pid)
+        fields = stat_fields(pid)
     except (FileNotFoundError, ProcessLookupError):
         return True
     except OSError:
