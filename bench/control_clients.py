@@ -12,13 +12,14 @@ usage: python bench/control_clients.py [--clients N] [--commands N] [--processes
 
 import argparse
 import json
-import multiprocessing as mp
 import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
+
+from store_processes import Processes, quiet_torch, serve, shares
 
 from trainctl.trainer.agreement import GO, Outcome, Position
 from trainctl.trainer.boundary import Boundary
@@ -34,15 +35,6 @@ _IDLE_ROUNDS = 1_000_000
 
 def meeting() -> Meeting:
     return Meeting(world_size=2, run_id="bench", attempt=1, secret=b"secret")
-
-
-def serve(pipe: Pipe) -> None:
-    """The job's store, in a process of its own as under torchrun."""
-    from torch.distributed import TCPStore
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    pipe.send(store.port)
-    pipe.recv()
 
 
 def held() -> Boundary:
@@ -170,26 +162,13 @@ def main() -> None:
     parser.add_argument("--commands", type=int, default=100)
     parser.add_argument("--processes", type=int, default=4)
     given = parser.parse_args()
-    # torch looks up the name of every peer it connects to, and where there is none that takes its time-out.
-    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    context = mp.get_context("spawn")
-    started = []
-
-    def start(target: Any, *arguments: Any) -> Pipe:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=target, args=(*arguments, theirs), daemon=True)
-        process.start()
-        started.append(process)
-        return ours
-
-    store = start(serve)
+    quiet_torch()
+    processes = Processes()
+    store = processes.start(serve)
     port = store.recv()
-    each = -(-given.clients // given.processes)
-    shares = [range(first, min(first + each, given.clients)) for first in range(0, given.clients, each)]
     clients = []
-    for share in shares:
-        clients.append(start(control_clients, share, port))
+    for share in shares(given.clients, given.processes):
+        clients.append(processes.start(control_clients, share, port))
         clients[-1].recv()
     figures = lead(given.clients, given.commands, port)
     for client in clients:
@@ -197,8 +176,7 @@ def main() -> None:
     for client in clients:
         client.recv()
     store.send("leave")
-    for process in started:
-        process.join(10)
+    processes.join()
     idle = idle_check()
     head = {"bench": "control_clients", "clients": given.clients, "processes": given.processes}
     print(json.dumps(head | figures | {"idle": idle}))

@@ -13,28 +13,18 @@ usage: python bench/gathering.py [--ranks N] [--rounds N] [--processes P] [--lat
 
 import argparse
 import json
-import multiprocessing as mp
 import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection as Pipe
-from typing import Any
+
+from store_processes import Processes, quiet_torch, serve, shares
 
 from trainctl.trainer.gathering import Gathering
 from trainctl.trainer.meeting import Meeting
 
 _LIMIT_S = 60.0
-
-
-def serve(pipe: Pipe) -> None:
-    """The job's store, in a process of its own as under torchrun; tells its CPU time when asked."""
-    from torch.distributed import TCPStore
-
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    pipe.send(store.port)
-    while pipe.recv() != "leave":
-        pipe.send(time.process_time())
 
 
 def come(rank: int, gathering: Gathering, at: float, came: dict[int, float], gone_on: dict[int, float]) -> None:
@@ -68,22 +58,11 @@ def gather(ranks: range, of: int, port: int, pipe: Pipe) -> None:
         pipe.send((max(came.values()), gone_on))
 
 
-def measured(ranks: int, processes: int, rounds: int, late_s: float) -> dict[str, float]:
-    context = mp.get_context("spawn")
-    started = []
-
-    def start(target: Any, *arguments: Any) -> Pipe:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=target, args=(*arguments, theirs), daemon=True)
-        process.start()
-        started.append(process)
-        return ours
-
-    store = start(serve)
+def measured(ranks: int, parts: int, rounds: int, late_s: float) -> dict[str, float]:
+    processes = Processes()
+    store = processes.start(serve)
     port = store.recv()
-    each = -(-ranks // processes)
-    shares = [range(first, min(first + each, ranks)) for first in range(0, ranks, each)]
-    pipes = [start(gather, share, ranks, port) for share in shares]
+    pipes = [processes.start(gather, share, ranks, port) for share in shares(ranks, parts)]
     for pipe in pipes:
         pipe.recv()
     whole, first, cpu = [], [], []
@@ -103,8 +82,7 @@ def measured(ranks: int, processes: int, rounds: int, late_s: float) -> dict[str
     for pipe in pipes:
         pipe.send(None)
     store.send("leave")
-    for process in started:
-        process.join(10)
+    processes.join()
     return {
         "gathered_p50_ms": middle_ms(whole),
         "gathered_worst_ms": round(max(whole) * 1e3, 1),
@@ -124,9 +102,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=4)
     parser.add_argument("--late", type=float, default=0.0)
     given = parser.parse_args()
-    # torch looks up the name of every peer it connects to, and where there is none that takes its time-out.
-    os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:1")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    quiet_torch()
     head = {"bench": "gathering", "cores": os.cpu_count(), **vars(given)}
     alone = measured(2, 2, given.rounds, given.late)["gathered_p50_ms"]
     found = measured(given.ranks, given.processes, given.rounds, given.late)
